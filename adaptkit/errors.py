@@ -1,0 +1,69 @@
+"""One family of errors; each knows the exit code that the command line and `status.json` report.
+
+The library raises them with one line that says what happened, where, and what to do. Only the command
+line prints and exits. Anything outside this family is a bug: exit code 1, the only one with a traceback.
+"""
+
+from __future__ import annotations
+
+
+class AdaptkitError(Exception):
+    """Base of every error a user can cause or mend. Never raised itself."""
+
+    exit_code = 1
+
+
+class UsageError(AdaptkitError):
+    """A wrong option, recipe or key, or an output folder that is not empty."""
+
+    exit_code = 2
+
+
+class DataError(AdaptkitError):
+    """No such folder, no usable image, too many bad ones, an explicit batch larger than the data."""
+
+    exit_code = 3
+
+
+class BackboneError(AdaptkitError):
+    """An unknown backbone, or weights that are missing, corrupt or do not fit."""
+
+    exit_code = 4
+
+
+class GainNotMet(AdaptkitError):
+    """`--require-gain` was asked for and not reached. The run itself is complete."""
+
+    exit_code = 5
+
+
+class Collapsed(AdaptkitError):
+    """Training collapsed or diverged. The best backbone so far is exported."""
+
+    exit_code = 6
+
+
+class DeviceMemoryError(AdaptkitError):
+    """The accelerator ran out of memory."""
+
+    exit_code = 7
+
+
+class MachineError(AdaptkitError):
+    """The machine's fault, not the data's: disk full, no permission."""
+
+    exit_code = 8
+
+
+class Interrupted(AdaptkitError):
+    """Stopped by a signal with the state saved; `adaptkit resume RUN` goes on."""
+
+    exit_code = 75
+
+
+def did_you_mean(word: str, choices: list[str]) -> str:
+    """A suffix for error messages: `; did you mean 'lr'?`, or nothing when no choice is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,122 @@
+"""Everything that changes over a run, as pure functions of the step. They scale with the length of the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from adaptkit.recipe import DURATION, Recipe
+
+DEFAULT_MOMENTUM_SPAN = 10  # momentum starts at 1 - span / total_steps: short runs need a teacher that moves
+
+
+def to_steps(duration: str, total_steps: int, steps_per_epoch: int, batch_size: int) -> int:
+    """A duration of a recipe in steps, at least 1; 0 for `never` or a zero."""
+    if duration == "never":
+        return 0
+    match = DURATION.fullmatch(duration)
+    if match is None:
+        raise ValueError(f"{duration!r} is not a duration")
+    value, unit = float(match[1]), match[2].rstrip("s")
+    per_unit = {"%": total_steps / 100, "epoch": steps_per_epoch, "step": 1, "image": 1 / batch_size}[unit]
+    return max(1, round(value * per_unit)) if value > 0 else 0
+
+
+def cosine(step: int, total_steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 to `end` at the last step."""
+    progress = min(1.0, step / max(1, total_steps - 1))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
+    """Linear warm-up to `peak`, then a cosine to `peak * final`. `step` counts from 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return cosine(step - warmup_steps, total_steps - warmup_steps, peak, peak * final)
+
+
+def ema_momentum(step: int, total_steps: int, start: float | None, end: float) -> float:
+    """Cosine from `start` (None: 1 - 10 / total_steps, but at least 0.5) to `end`."""
+    if start is None:
+        start = max(0.5, 1 - DEFAULT_MOMENTUM_SPAN / total_steps)
+    return cosine(step, total_steps, start, end)
+
+
+def is_due(step: int, every: int, total_steps: int) -> bool:
+    """Whether something done every `every` steps (0: never) is due after `step` steps; always after the last."""
+    return step == total_steps or (every > 0 and step % every == 0)
+
+
+def is_reset_step(step: int, every: int, total_steps: int, warmup_steps: int) -> bool:
+    """Whether the head is drawn anew before `step`: at step 0 and every `every` steps.
+
+    A reset so late that less than a warm-up and as long again would remain is left out: it could not recover.
+    """
+    if step == 0:
+        return True
+    return every > 0 and step % every == 0 and total_steps - step >= 2 * warmup_steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe's durations in steps, for one number of training images. All schedules of a run are its methods."""
+
+    recipe: Recipe
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    lr_warmup: int
+    head_warmup: int
+    reset_every: int
+    probe_every: int
+    checkpoint_every: int
+
+    @classmethod
+    def make(cls, recipe: Recipe, num_images: int) -> Plan:
+        """The plan for `num_images` training images, at least `recipe.batch_size` of them."""
+        steps_per_epoch = num_images // recipe.batch_size
+        total_steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
+
+        def steps(duration: str) -> int:
+            return to_steps(duration, total_steps, steps_per_epoch, recipe.batch_size)
+
+        return cls(
+            recipe=recipe,
+            batch_size=recipe.batch_size,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            lr_warmup=steps(recipe.optim.warmup),
+            head_warmup=steps(recipe.head.warmup),
+            reset_every=steps(recipe.head.reset_every),
+            probe_every=steps(recipe.probe.every),
+            checkpoint_every=steps(recipe.checkpoint_every),
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the backbone's last layer."""
+        optim = self.recipe.optim
+        return learning_rate(step, self.total_steps, self.lr_warmup, optim.lr, optim.final_lr)
+
+    def head_lr(self, step: int) -> float:
+        """Learning rate of the head: no linear warm-up, as it starts from nothing after every draw."""
+        return learning_rate(step, self.total_steps, 0, self.recipe.head.lr, self.recipe.optim.final_lr)
+
+    def weight_decay(self, step: int) -> float:
+        """AdamW weight decay."""
+        return cosine(step, self.total_steps, self.recipe.optim.weight_decay, self.recipe.optim.final_weight_decay)
+
+    def momentum(self, step: int) -> float:
+        """EMA momentum of the teacher."""
+        return ema_momentum(step, self.total_steps, self.recipe.teacher.momentum, self.recipe.teacher.final_momentum)
+
+    def is_reset(self, step: int) -> bool:
+        """Whether the head is drawn anew before `step`."""
+        return is_reset_step(step, self.reset_every, self.total_steps, self.head_warmup)
+
+    def is_probe(self, step: int) -> bool:
+        """Whether the teacher is probed after `step` steps."""
+        return is_due(step, self.probe_every, self.total_steps)
+
+    def is_checkpoint(self, step: int) -> bool:
+        """Whether the state is saved after `step` steps."""
+        return is_due(step, self.checkpoint_every, self.total_steps)

@@ -1,0 +1,160 @@
+"""Schedules against their written definitions."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from adaptkit.recipe import Recipe
+from adaptkit.schedules import (
+    Plan,
+    cosine,
+    ema_momentum,
+    is_due,
+    is_reset_step,
+    learning_rate,
+    to_steps,
+)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        ("never", 0),
+        ("0%", 0),
+        ("0 steps", 0),
+        ("25%", 50),
+        ("12.5%", 25),
+        ("100%", 200),
+        ("0.1%", 1),  # something asked for happens
+        ("1 epoch", 40),
+        ("2 epochs", 80),
+        ("0.5 epochs", 20),
+        ("7 steps", 7),
+        ("1 step", 1),
+        ("500steps", 500),
+        ("64 images", 4),
+        ("100 images", 6),
+        ("110 images", 7),  # 6.9 steps
+        ("1 image", 1),
+    ],
+)
+def test_durations(duration: str, steps: int) -> None:
+    assert to_steps(duration, total_steps=200, steps_per_epoch=40, batch_size=16) == steps
+
+
+@pytest.mark.parametrize("text", ["", "5", "5 minutes", "-1 steps", "steps", "5 % of it", "always"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a duration"):
+        to_steps(text, 200, 40, 16)
+
+
+def test_cosine_at_start_quarter_middle_and_end() -> None:
+    assert cosine(0, 101, 4.0, 2.0) == pytest.approx(4.0)
+    assert cosine(25, 101, 4.0, 2.0) == pytest.approx(3 + math.cos(math.pi / 4))
+    assert cosine(50, 101, 4.0, 2.0) == pytest.approx(3.0)
+    assert cosine(100, 101, 4.0, 2.0) == pytest.approx(2.0)
+    assert cosine(150, 101, 4.0, 2.0) == pytest.approx(2.0)  # and stays there
+    assert cosine(0, 1, 4.0, 2.0) == pytest.approx(4.0)  # a run of one step
+
+
+def test_learning_rate_rises_linearly_then_falls_to_its_share() -> None:
+    rates = [learning_rate(step, 111, 10, peak=0.5, final=0.1) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(0.5)
+    assert rates[60] == pytest.approx((0.5 + 0.05) / 2)
+    assert rates[110] == pytest.approx(0.05)
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert learning_rate(0, 111, 0, 0.5, 0.1) == pytest.approx(0.5)
+    assert learning_rate(4, 5, 5, 0.5, 0.1) == pytest.approx(0.5)  # a run that is all warm-up
+
+
+def test_momentum_scales_with_the_run() -> None:
+    assert ema_momentum(0, 1000, None, 1.0) == pytest.approx(0.99)
+    assert ema_momentum(0, 60, None, 1.0) == pytest.approx(1 - 10 / 60)
+    assert ema_momentum(0, 20, None, 1.0) == ema_momentum(0, 5, None, 1.0) == pytest.approx(0.5)
+    assert ema_momentum(0, 1001, 0.9, 1.0) == pytest.approx(0.9)
+    assert ema_momentum(0, 1001, 0.0, 1.0) == 0.0
+    assert ema_momentum(500, 1001, 0.9, 1.0) == pytest.approx(0.95)
+    assert ema_momentum(1000, 1001, 0.9, 1.0) == pytest.approx(1.0)
+    assert ema_momentum(1000, 1001, None, 0.97) == pytest.approx(0.97)
+
+
+def test_what_is_due_when() -> None:
+    assert [step for step in range(1, 26) if is_due(step, 10, 25)] == [10, 20, 25]
+    assert [step for step in range(1, 21) if is_due(step, 10, 20)] == [10, 20]
+    assert [step for step in range(1, 26) if is_due(step, 0, 25)] == [25]
+    assert [step for step in range(1, 6) if is_due(step, 100, 5)] == [5]
+
+
+def test_resets_leave_time_to_recover() -> None:
+    def resets(every: int, total: int, warmup: int) -> list[int]:
+        return [step for step in range(total) if is_reset_step(step, every, total, warmup)]
+
+    assert resets(25, 100, 5) == [0, 25, 50, 75]
+    assert resets(0, 100, 5) == [0]
+    assert resets(25, 100, 0) == [0, 25, 50, 75]
+    assert resets(30, 100, 5) == [0, 30, 60, 90]  # 10 steps are left: just enough
+    assert resets(30, 100, 6) == [0, 30, 60]
+    assert resets(30, 100, 80) == [0]  # the first draw is always made
+
+
+def recipe(**settings: Any) -> Recipe:
+    return Recipe.model_validate(settings)
+
+
+def plan(**settings: Any) -> Plan:
+    """250 images in batches of 10, 4 epochs: 100 steps."""
+    return Plan.make(recipe(**({"batch_size": 10, "epochs": 4} | settings)), num_images=250)
+
+
+def test_plan_of_epochs() -> None:
+    made = plan(
+        optim={"warmup": "10%"},
+        head={"warmup": "2 steps", "reset_every": "1 epoch"},
+        probe={"every": "200 images"},
+        checkpoint_every="never",
+    )
+    assert (made.batch_size, made.steps_per_epoch, made.total_steps) == (10, 25, 100)
+    assert (made.lr_warmup, made.head_warmup, made.reset_every, made.probe_every) == (10, 2, 25, 20)
+    assert made.checkpoint_every == 0
+
+
+def test_plan_drops_the_last_incomplete_batch_and_takes_parts_of_epochs() -> None:
+    assert Plan.make(recipe(batch_size=10, epochs=3), 259).total_steps == 75
+    assert Plan.make(recipe(batch_size=10, epochs=0.5), 100).total_steps == 5
+    assert Plan.make(recipe(batch_size=10, epochs=0.01), 100).total_steps == 1
+
+
+def test_steps_win_over_epochs() -> None:
+    made = plan(steps=7, probe={"every": "1 epoch"})
+    assert (made.total_steps, made.probe_every) == (7, 25)
+
+
+def test_plans_schedules_are_those_of_the_recipe() -> None:
+    made = plan(
+        optim={"lr": 0.2, "final_lr": 0.5, "warmup": "4 steps", "weight_decay": 0.1, "final_weight_decay": 0.3},
+        head={"lr": 0.01, "warmup": "5%", "reset_every": "30%"},
+        teacher={"momentum": 0.8, "final_momentum": 0.9},
+        probe={"every": "40%"},
+        checkpoint_every="50 steps",
+    )
+    assert [made.lr(step) for step in (0, 3, 4, 99)] == pytest.approx([0.05, 0.2, 0.2, 0.1])
+    assert [made.head_lr(step) for step in (0, 99)] == pytest.approx([0.01, 0.005])
+    assert made.head_lr(1) < made.head_lr(0)  # no warm-up
+    assert (made.head_lr(49) + made.head_lr(50)) / 2 == pytest.approx(0.0075)
+    assert [made.weight_decay(step) for step in (0, 99)] == pytest.approx([0.1, 0.3])
+    assert (made.weight_decay(49) + made.weight_decay(50)) / 2 == pytest.approx(0.2)
+    assert [made.momentum(step) for step in (0, 99)] == pytest.approx([0.8, 0.9])
+    assert (made.momentum(49) + made.momentum(50)) / 2 == pytest.approx(0.85)
+    assert [step for step in range(100) if made.is_reset(step)] == [0, 30, 60, 90]
+    assert [step for step in range(1, 101) if made.is_probe(step)] == [40, 80, 100]
+    assert [step for step in range(1, 101) if made.is_checkpoint(step)] == [50, 100]
+
+
+def test_default_momentum_of_a_plan_follows_its_length() -> None:
+    assert plan().momentum(0) == pytest.approx(0.9)
+    assert plan(steps=1000).momentum(0) == pytest.approx(0.99)

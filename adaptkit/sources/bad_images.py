@@ -1,0 +1,87 @@
+"""Counts the images of a run that cannot be read, writes them down, and stops when they are too many."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from adaptkit.errors import DataError, MachineError
+from adaptkit.sources.source import shown
+
+ALWAYS_ACCEPTED = 5
+
+
+class BadImages:
+    """Unique bad paths of a run, each one line `{"path", "reason"}` of `bad_images.jsonl`.
+
+    `max_bad` is a number (`12`) or a share of `num_images` (`1%`); five are always accepted. An existing file is read
+    first, so that a resumed run goes on counting. Raises `DataError` when more are bad, `MachineError` when the
+    file cannot be read or written.
+    """
+
+    def __init__(self, file: Path | None, num_images: int, max_bad: str) -> None:
+        self.paths: set[str] = set()
+        self._file = file
+        self._num_images = num_images
+        self._max_bad = max_bad
+        self._accepted = max(ALWAYS_ACCEPTED, _count(max_bad, num_images))
+        self._first = ""
+        if file is not None:
+            for path, reason in _load(file):
+                self._note(path, reason)
+        self._check()
+
+    def add(self, path: str, reason: str) -> None:
+        """Count and write down one bad image; a path already known is not counted again."""
+        if path in self.paths:
+            return
+        self._note(path, reason)
+        if self._file is not None:
+            _append(self._file, {"path": path, "reason": reason})
+        self._check()
+
+    def _note(self, path: str, reason: str) -> None:
+        self._first = self._first or f"{shown(path)} ({reason})"
+        self.paths.add(path)
+
+    def _check(self) -> None:
+        if len(self.paths) > self._accepted:
+            where = f"; all in {shown(self._file)}" if self._file is not None else ""
+            raise DataError(
+                f"{len(self.paths)} of {self._num_images} images cannot be used, {self._accepted} are accepted "
+                f"(max_bad {self._max_bad}); first: {self._first}{where}; mend or remove them, or raise --max-bad"
+            )
+
+
+def _count(max_bad: str, num_images: int) -> int:
+    if max_bad.endswith("%"):
+        return int(num_images * float(max_bad[:-1]) / 100 + 1e-9)  # 1e-9: 2.3 % of 3,000 is 69, not 68.999...
+    return int(float(max_bad))
+
+
+def _load(file: Path) -> list[tuple[str, str]]:
+    """The entries so far; a last line cut off by a crash is removed, for the next one must not be glued to it."""
+    try:
+        content = file.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            os.truncate(file, complete)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MachineError(f"{shown(file)}: cannot be read ({error.strerror})") from error
+    try:
+        entries = [json.loads(line) for line in content[:complete].splitlines()]
+        return [(str(entry["path"]), str(entry["reason"])) for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{shown(file)}: damaged; delete it, bad images will be found again") from None
+
+
+def _append(file: Path, entry: dict[str, str]) -> None:
+    line = json.dumps(entry) + "\n"  # ASCII: a name that is not UTF-8 becomes an escaped surrogate and reads back
+    try:
+        with file.open("a", encoding="ascii") as lines:
+            lines.write(line)
+    except OSError as error:
+        raise MachineError(f"{shown(file)}: cannot be written ({error.strerror})") from error

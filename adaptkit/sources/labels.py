@@ -1,0 +1,183 @@
+"""Labelled images: class folders or a `path,label` list, with a gallery and queries."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptkit.errors import DataError
+from adaptkit.sources.folder import FolderSource, from_files, open_folder
+from adaptkit.sources.source import ImageSource, hash_order, shown
+
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Gallery (what is known) and queries (what is scored), with labels into the same class names."""
+
+    gallery: FolderSource
+    queries: FolderSource
+    class_names: tuple[str, ...]
+    explicit_split: bool  # given by the user, not drawn by us
+
+
+def open_labelled(data: str | Path, queries: str | Path | None = None, seed: int = 0) -> Labelled:
+    """Open class folders (the first part of the path is the class) or a `path,label` CSV.
+
+    With `queries`, `data` is all gallery; with `train/` and `test/` inside, these are gallery and queries; otherwise
+    every class is halved by hash of path and seed, the gallery getting the odd image. Raises `DataError` naming the
+    first offender: missing file, image outside class folders, no header, fewer than two classes, class without
+    gallery.
+    """
+    data = Path(data)
+    if queries is not None:
+        for side in (data, Path(queries)):
+            if _has_train_and_test(side):
+                raise DataError(f"{shown(side)}: has train/ and test/ inside; name one of them, or leave --queries out")
+        return _given_split(data, Path(queries))
+    if _has_train_and_test(data):
+        return _given_split(data / "train", data / "test")
+    source, names = _open(data)
+    source = _label(source, names, _class_names(names, data))
+    gallery, held = _halve_classes(source, seed)
+    if not len(held):
+        raise DataError(f"{shown(data)}: one image per class, so none is left to query with; add images or --queries")
+    return Labelled(source.subset(gallery), source.subset(held), source.class_names or (), explicit_split=False)
+
+
+def has_class_folders(root: str | Path) -> bool:
+    """Whether every image lies in a class folder and there are two classes or more (also in `train/` and `test/`)."""
+    root = Path(root)
+    parts = (root / "train", root / "test") if _has_train_and_test(root) else (root,)
+    try:
+        return root.is_dir() and all(len(set(_open(part)[1])) >= 2 for part in parts)
+    except DataError:
+        return False
+
+
+def halve(source: ImageSource, salt: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sorted (selection, report) positions: halves by hash of path and salt, of every class when there are labels.
+
+    Both halves of a class, and of the whole, differ by one image at most.
+    """
+    order = hash_order((source.path(index) for index in range(len(source))), f"halve {salt}")
+    labels = np.array([source.label(index) or 0 for index in range(len(source))], dtype=np.int64)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    return np.sort(by_class[0::2]), np.sort(by_class[1::2])
+
+
+def _given_split(data: Path, queries: Path) -> Labelled:
+    gallery, gallery_names = _open(data)
+    held, query_names = _open(queries)
+    class_names = _class_names(gallery_names, data)
+    known = set(class_names)
+    for index, name in enumerate(query_names):
+        if name not in known:
+            raise DataError(
+                f"{shown(held.file(index))}: class {shown(name)!r} has no image in the gallery {shown(data)}; "
+                "add some there, or remove it from the queries"
+            )
+    return Labelled(
+        _label(gallery, gallery_names, class_names), _label(held, query_names, class_names), class_names, True
+    )
+
+
+def _halve_classes(source: FolderSource, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    order = hash_order((source.path(index) for index in range(len(source))), f"labels {seed}")
+    labels = np.array([source.label(index) for index in range(len(source))], dtype=np.int64)
+    gallery: list[int] = []
+    queries: list[int] = []
+    for label in np.unique(labels):
+        members = order[labels[order] == label].tolist()
+        half = (len(members) + 1) // 2
+        gallery += members[:half]
+        queries += members[half:]
+    return np.sort(np.array(gallery, dtype=np.int64)), np.sort(np.array(queries, dtype=np.int64))
+
+
+def _open(path: Path) -> tuple[FolderSource, list[str]]:
+    """The images, without labels yet, and the name of each one's class."""
+    if path.is_file():
+        return _read_list(path)
+    source = open_folder(path)
+    names = []
+    for index in range(len(source)):
+        name, slash, _ = source.path(index).partition("/")
+        if not slash:
+            raise DataError(
+                f"{shown(source.file(index))}: lies in no class folder; "
+                "labelled images are CLASS/IMAGE, or a .csv with path,label"
+            )
+        names.append(name)
+    if set(names) <= SPLIT_FOLDERS:
+        found = ", ".join(f"{name}/" for name in sorted(set(names)))
+        raise DataError(f"{shown(path)}: {found} are no classes; name train/ and test/, or give gallery and queries")
+    return source, names
+
+
+def _read_list(file: Path) -> tuple[FolderSource, list[str]]:
+    """A CSV with the columns path and label; paths are absolute or relative to the file."""
+    rows: dict[bytes, tuple[int, str]] = {}
+    try:
+        # surrogateescape: file names need not be UTF-8; utf-8-sig: spreadsheets write a byte order mark
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+            reader = csv.reader(lines)
+            columns = _columns(next(reader, []), file)
+            for row in reader:
+                if row:
+                    name, size, label = _read_row(row, columns, f"{shown(file)} line {reader.line_num}", file.parent)
+                    if name in rows:
+                        where = f"{shown(file)} line {reader.line_num}"
+                        raise DataError(f"{where}: {shown(os.fsdecode(name))} is listed twice; keep one")
+                    rows[name] = size, label
+    except (csv.Error, OSError) as error:
+        raise DataError(f"{shown(file)}: cannot be read as a path,label list ({error})") from None
+    if not rows:
+        raise DataError(f"{shown(file)}: lists no image")
+    names = sorted(rows)
+    return from_files(file.parent, ((name, rows[name][0]) for name in names)), [rows[name][1] for name in names]
+
+
+def _columns(header: Sequence[str], file: Path) -> tuple[int, int]:
+    words = [word.strip() for word in header]
+    if "path" not in words or "label" not in words:
+        first = shown(",".join(header))[:80]
+        raise DataError(f"{shown(file)}: the first line must be the header path,label and is {first!r}")
+    return words.index("path"), words.index("label")
+
+
+def _read_row(row: Sequence[str], columns: tuple[int, int], where: str, root: Path) -> tuple[bytes, int, str]:
+    """(path relative to `root` or absolute, size in bytes, class name)."""
+    if len(row) <= max(columns) or not all(row[column].strip() for column in columns):
+        raise DataError(f"{where}: {shown(','.join(row))!r} needs a path and a label")
+    path, label = row[columns[0]].strip(), row[columns[1]].strip()
+    file = root / path
+    if not file.is_file():
+        raise DataError(f"{where}: no such file {shown(file)}; paths are relative to the list's folder")
+    name = os.path.normpath(path)
+    if os.path.isabs(name) and Path(name).is_relative_to(root.absolute()):
+        name = os.path.relpath(name, root.absolute())
+    return os.fsencode(name.replace(os.sep, "/")), file.stat().st_size, label
+
+
+def _class_names(names: Sequence[str], path: Path) -> tuple[str, ...]:
+    class_names = tuple(sorted(set(names)))
+    if len(class_names) < 2:
+        raise DataError(f"{shown(path)}: only the class {shown(class_names[0])!r}; at least two are needed")
+    return class_names
+
+
+def _label(source: FolderSource, names: Sequence[str], class_names: tuple[str, ...]) -> FolderSource:
+    index_of = {name: index for index, name in enumerate(class_names)}
+    return source.with_labels((index_of[name] for name in names), class_names)
+
+
+def _has_train_and_test(root: Path) -> bool:
+    return (root / "train").is_dir() and (root / "test").is_dir()

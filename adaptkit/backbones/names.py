@@ -1,0 +1,133 @@
+"""From what a user types to an `Origin`: which architecture, with which arguments, and where its weights are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
+
+from adaptkit.backbones.config import read_config
+from adaptkit.backbones.hub import fetch
+from adaptkit.errors import BackboneError, did_you_mean
+
+NANO = "nano"
+NANO_FOLDER = Path(__file__).parent.parent / "assets" / "nano"
+
+_DINO_VITS = {"vits16": "small_patch16", "vits8": "small_patch8", "vitb16": "base_patch16", "vitb8": "base_patch8"}
+_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+_DINOV3_VITS = {
+    "vits16": "small_patch16",
+    "vits16plus": "small_plus_patch16",
+    "vitb16": "base_patch16",
+    "vitl16": "large_patch16",
+    "vith16plus": "huge_plus_patch16",
+    "vit7b16": "7b_patch16",
+}
+
+ALIASES: dict[str, str] = {  # torch.hub name of the DINO family -> timm name
+    **{f"dino_{hub}": f"vit_{size}_224.dino" for hub, size in _DINO_VITS.items()},
+    **{f"dinov2_vit{s}14": f"vit_{size}_patch14_dinov2.lvd142m" for s, size in _SIZES.items()},
+    **{f"dinov2_vit{s}14_reg": f"vit_{size}_patch14_reg4_dinov2.lvd142m" for s, size in _SIZES.items()},
+    **{f"dinov3_{hub}": f"vit_{size}_dinov3.lvd1689m" for hub, size in _DINOV3_VITS.items()},
+    **{f"dinov3_convnext_{size}": f"convnext_{size}.dinov3_lvd1689m" for size in ("tiny", "small", "base", "large")},
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What timm needs to build the backbone, and where the pretrained weights are, if anywhere."""
+
+    name: str
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    global_pool: str | None = None  # as a saved folder states it beside its arguments
+    folder: Path | None = None
+    hub_repo: str | None = None
+    hub_filename: str | None = None
+
+    def weights(self) -> Path:
+        """The local path of the weights, downloaded if need be. Raises `BackboneError`."""
+        if self.folder is not None:
+            return _weights_in(self.folder)
+        if self.hub_repo is None:
+            raise BackboneError(
+                f"{self.name}: timm has no pretrained weights for it on the hub; "
+                "give --weights FILE, or --no-pretrained to start from random weights"
+            )
+        return fetch(self.name, self.hub_repo, _hub_filenames(self.hub_filename))
+
+
+def backbone_names() -> list[str]:
+    """`nano`, the aliases and every timm name with pretrained weights, in this order."""
+    return [NANO, *ALIASES, *timm.list_pretrained()]
+
+
+def find(name: str) -> Origin:
+    """The origin of `nano`, an alias, a timm name, `hf-hub:org/name` or a local folder. Raises `BackboneError`.
+
+    Names come before folders: write `./resnet18` for a folder called like an architecture.
+    """
+    if name == NANO:
+        if not (NANO_FOLDER / "config.json").is_file():
+            raise BackboneError("nano: the packaged backbone is missing from this installation; reinstall adaptkit")
+        return _from_folder(name, NANO_FOLDER)
+    source, colon, rest = name.partition(":")
+    if colon and source in ("hf-hub", "hf_hub"):
+        config = read_config(fetch(name, rest, ("config.json",)), name)
+        return Origin(name, *config, hub_repo=rest)
+    if colon and source == "local-dir":
+        return _from_folder(name, Path(rest))
+    timm_name = ALIASES.get(name, name)
+    if not any(char in name for char in "/\\") and is_model(timm_name):
+        return _from_timm(name, timm_name)
+    if os.path.isdir(name):  # unlike Path.is_dir it answers for overlong names too
+        return _from_folder(name, Path(name))
+    if any(char in name for char in "/\\"):
+        raise BackboneError(f"{name}: no such folder; for a repository of the hub write hf-hub:{name}")
+    hint = did_you_mean(name, [NANO, *ALIASES, *timm.list_models(), *timm.list_pretrained()])
+    raise BackboneError(
+        f"unknown backbone {name!r}{hint}; give a name from 'adaptkit backbones', hf-hub:org/name or a local folder"
+    )
+
+
+def _from_timm(name: str, timm_name: str) -> Origin:
+    architecture, _, tag = timm_name.partition(".")
+    try:
+        cfg = get_pretrained_cfg(timm_name)
+    except (RuntimeError, ValueError, KeyError):
+        cfg = None
+    if cfg is None and tag:
+        known = timm.list_pretrained(f"{architecture}.*")
+        hint = did_you_mean(timm_name, known)
+        raise BackboneError(f"{name}: timm has no weights {tag!r} for {architecture}{hint} (has: {', '.join(known)})")
+    cfg = cfg or PretrainedCfg()
+    # A subset of the fields only: `to_dict` would drop those that are None, which some entry points rely on.
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    return Origin(name, architecture, {}, fields, hub_repo=cfg.hf_hub_id, hub_filename=cfg.hf_hub_filename)
+
+
+def _from_folder(name: str, folder: Path) -> Origin:
+    if not os.path.isfile(folder / "config.json"):
+        raise BackboneError(f"{folder}: no config.json; a backbone folder has config.json and model.safetensors")
+    return Origin(name, *read_config(folder / "config.json", str(folder)), folder=folder)
+
+
+def _weights_in(folder: Path) -> Path:
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / filename).is_file():
+            return folder / filename
+    raise BackboneError(f"{folder}: no model.safetensors; export the backbone again or give --weights FILE")
+
+
+def _hub_filenames(filename: str | None) -> tuple[str, ...]:
+    if filename is None:
+        return ("model.safetensors", "pytorch_model.bin")
+    if filename == "open_clip_pytorch_model.bin":
+        return ("open_clip_model.safetensors", filename)
+    return (filename,)

@@ -1,0 +1,237 @@
+"""Backbones: names, readouts, and an export that timm loads bit for bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from backbone_files import embeddings, pixels, random_
+from conftest import draw_image
+from safetensors.torch import load_file, save_file
+
+from adaptkit.backbones import ALIASES, backbone_names, hub, load_backbone, names, save_backbone
+from adaptkit.errors import BackboneError, MachineError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved `test_vit` with random weights."""
+    path = tmp_path_factory.mktemp("saved") / "vit"
+    save_backbone(random_(load_backbone("test_vit", pretrained=False, image_px=64)), path)
+    return path
+
+
+# --- export
+
+
+@pytest.mark.parametrize(
+    ("name", "readout", "expected", "dim"),
+    [
+        ("test_vit", "auto", "cls", 64),
+        ("test_vit", "mean", "mean", 64),
+        ("test_vit2", "mean", "mean", 64),
+        ("test_vit3", "auto", "pool", 96),
+        ("test_resnet", "auto", "pool", 96),
+        ("test_convnext", "pool", "pool", 64),
+        ("test_efficientnet", "auto", "pool", 256),
+        ("test_vit_relpos", "auto", "mean", 96),
+    ],
+)
+def test_export_is_bit_equal_in_timm_and_here(name: str, readout: str, expected: str, dim: int, tmp_path: Path) -> None:
+    backbone = random_(load_backbone(name, pretrained=False, readout=readout, image_px=64))
+    assert (backbone.readout, backbone.embed_dim) == (expected, dim)
+    save_backbone(backbone, tmp_path / "backbone")
+    reference = embeddings(backbone.module, 64)
+    module = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True, num_classes=0)
+    assert torch.equal(embeddings(module, 64), reference)
+    assert module.pretrained_cfg["input_size"][-1] == 64
+    again = load_backbone(str(tmp_path / "backbone"))
+    assert torch.equal(embeddings(again.module, 64), reference)
+    assert again.readout == expected
+    assert again.image_px == 64
+    assert sorted(path.name for path in (tmp_path / "backbone").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_export_has_preprocessing_and_nothing_of_training(tmp_path: Path) -> None:
+    student = load_backbone("test_vit", pretrained=False, drop_path=0.3, image_px=64)
+    rates = [m.drop_prob for m in student.module.modules() if type(m).__name__ == "DropPath"]
+    assert max(rates) == pytest.approx(0.3)
+    save_backbone(student, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert "drop_path" not in text
+    assert "dynamic_img_size" not in text
+    assert "hf_hub" not in text
+    cfg = json.loads(text)["pretrained_cfg"]
+    assert {"input_size", "mean", "std", "interpolation", "crop_pct"} <= set(cfg)
+    assert student.module(pixels(32)).shape == (2, 64)  # a local crop
+
+
+def test_export_is_float32_whatever_was_trained(folder: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(str(folder))
+    reference = {key: value.to(torch.bfloat16).float() for key, value in backbone.module.state_dict().items()}
+    backbone.module.to(torch.bfloat16)
+    save_backbone(backbone, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[key], reference[key]) for key in reference)
+    assert saved["pos_embed"].dtype == torch.float32
+
+
+def test_a_failed_export_leaves_no_half_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("adaptkit.backbones.save.save_file", full)
+    with pytest.raises(MachineError, match="No space left"):
+        save_backbone(load_backbone(str(folder)), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- readout
+
+
+def test_mean_of_a_cls_backbone_averages_normalised_patch_tokens(folder: Path) -> None:
+    cls, mean = load_backbone(str(folder)), load_backbone(str(folder), readout="mean")
+    assert mean.load_report is not None
+    assert mean.load_report.missing == ()
+    with torch.inference_mode():
+        tokens = cls.module.forward_features(pixels(64))  # (N, 1 + 16, D), after the final norm
+    assert torch.equal(embeddings(cls.module, 64), tokens[:, 0])
+    assert torch.allclose(embeddings(mean.module, 64), tokens[:, 1:].mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "readout"),
+    [("test_resnet", "cls"), ("test_convnext", "mean"), ("test_vit2", "cls"), ("test_vit", "pool"), ("test_vit", "x")],
+)
+def test_a_readout_the_backbone_lacks_is_refused(name: str, readout: str) -> None:
+    with pytest.raises(BackboneError, match="readout"):
+        load_backbone(name, pretrained=False, readout=readout)
+
+
+def test_pooling_stated_beside_the_arguments_is_honoured(tmp_path: Path) -> None:
+    module = timm.create_model("test_vit", num_classes=0, img_size=64, global_pool="avg")
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "test_vit", "global_pool": "avg", "model_args": {"img_size": 64}, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))  # as older versions of timm write it
+    backbone = load_backbone(str(tmp_path))
+    assert backbone.readout == "mean"
+    assert torch.equal(embeddings(backbone.module, 64), embeddings(module, 64))
+
+
+# --- names
+
+
+def test_aliases_are_timm_names_with_weights() -> None:
+    assert set(ALIASES.values()) <= set(timm.list_pretrained())
+    assert {"dino_vits16", "dino_vitb8", "dinov2_vits14", "dinov2_vitg14_reg", "dinov3_vitb16"} <= set(ALIASES)
+    assert backbone_names()[0] == "nano"
+    backbone = load_backbone("dino_vits16", pretrained=False)
+    assert (backbone.architecture, backbone.embed_dim, backbone.readout) == ("vit_small_patch16_224", 384, "cls")
+    assert backbone.name == "dino_vits16"
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("dino_vits61", "did you mean 'dino_vits16'"),
+        ("resnet81", "did you mean 'resnet"),
+        ("vit_small_patch16_224.dinoo", "did you mean 'vit_small_patch16_224.dino'"),
+        ("no/such/folder", "no such folder; for a repository of the hub write hf-hub:"),
+        ("local-dir:nowhere", r"no config\.json"),
+        ("", "unknown backbone"),
+        ("x" * 5000, "unknown backbone"),
+        ("a\0b", "unknown backbone"),
+    ],
+)
+def test_unknown_names(name: str, match: str) -> None:
+    with pytest.raises(BackboneError, match=match):
+        load_backbone(name, pretrained=False)
+
+
+def test_an_architecture_without_weights_says_so() -> None:
+    with pytest.raises(BackboneError, match="--no-pretrained"):
+        load_backbone("vit_base_patch16_18x2_224")
+    with pytest.raises(BackboneError, match="keep one"):
+        load_backbone("test_vit", weights="x.pth", pretrained=False)
+
+
+def test_nano_is_a_packaged_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "NANO_FOLDER", folder)
+    assert load_backbone("nano").name == "nano"
+    monkeypatch.setattr(names, "NANO_FOLDER", folder / "absent")
+    with pytest.raises(BackboneError, match="nano: the packaged backbone is missing"):
+        load_backbone("nano")
+
+
+def test_no_network_is_a_quick_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    for name in ("dino_vits16", "hf-hub:some/thing"):
+        with pytest.raises(BackboneError, match="--weights FILE, or name a local folder") as error:
+            load_backbone(name)
+        assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 10
+    with pytest.raises(BackboneError, match="HFValidationError"):
+        load_backbone("hf-hub:not a/valid/name")
+
+
+def test_hub_weights_come_from_the_cache_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached(repo: str, filename: str, **options: Any) -> str:
+        assert options["local_files_only"]
+        assert "/" in repo
+        return str(folder / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", cached)
+    reference = embeddings(load_backbone(str(folder)).module, 64)
+    for name in ("test_vit", "hf-hub:some/vit"):
+        assert torch.equal(embeddings(load_backbone(name, image_px=64).module, 64), reference)
+
+
+# --- random weights, preprocessing, copies
+
+
+def test_random_weights_follow_the_seed_and_leave_the_generator_alone() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    states = [load_backbone("test_vit", pretrained=False, seed=s).module.state_dict() for s in (3, 3, 4)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0]["pos_embed"], states[2]["pos_embed"])
+    assert load_backbone("test_vit", pretrained=False).load_report is None
+
+
+def test_eval_transform_is_the_backbones_own(folder: Path) -> None:
+    backbone = load_backbone(str(folder))
+    transform = pickle.loads(pickle.dumps(backbone.eval_transform()))
+    image = draw_image(1, 2, px=90).crop((0, 0, 90, 70))
+    tensor = transform(image)
+    assert tensor.dtype == torch.uint8
+    assert tensor.shape == (3, 64, 64)
+    module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(module))(image)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+    assert np.allclose((tensor / 255 - mean) / std, theirs, atol=1e-6)
+
+
+def test_clone_shares_nothing(folder: Path) -> None:
+    backbone = load_backbone(str(folder))
+    twin = backbone.clone()
+    reference = embeddings(backbone.module, 64)
+    with torch.no_grad():
+        for parameter in twin.module.parameters():
+            parameter.zero_()
+    twin.pretrained_cfg["crop_pct"] = 0.1
+    assert torch.equal(embeddings(backbone.module, 64), reference)
+    assert backbone.pretrained_cfg["crop_pct"] != 0.1

@@ -1,0 +1,42 @@
+"""SIGTERM, SIGINT and SIGHUP (a closed terminal): finish the step, save, leave. A second signal leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+
+from adaptkit.errors import Interrupted
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+AGAIN_SECONDS = 2.0  # a launcher and a scheduler may both pass on the same stop; a person's second try comes later
+
+
+class StopRequest:
+    """While active, the first signal only sets `received`; a later second ends the process with exit code 75."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.since = 0.0
+
+    def __enter__(self) -> StopRequest:
+        # Python allows handlers only in the main thread; elsewhere (a notebook's worker) signals stay as they are
+        self.active = threading.current_thread() is threading.main_thread()
+        if self.active:
+            self.previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self.since = True, time.monotonic()
+        elif time.monotonic() - self.since > AGAIN_SECONDS:
+            os._exit(Interrupted.exit_code)

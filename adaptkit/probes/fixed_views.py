@@ -1,0 +1,82 @@
+"""Two views of every image, fixed independently of any recipe, and whether a backbone tells whose they are."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from adaptkit.backbones import Backbone
+from adaptkit.embedding import Embedder
+from adaptkit.probes.views import view_retrieval
+from adaptkit.recipe import ViewSettings
+from adaptkit.sources import BadImage, ImageSource
+from adaptkit.views import MultiCrop, photometric
+
+# The views of the label-free measures are part of the measure: no recipe changes them.
+FIXED_VIEWS = ViewSettings(
+    num_global=2,
+    num_local=0,
+    global_scale=(0.3, 1.0),
+    brightness=0.3,
+    contrast=0.3,
+    saturation=0.2,
+    hue=0.05,
+    grey=0.1,
+    blur=(0.5, 0.5, 0.0),
+)
+
+
+class _FixedViews(Dataset[tuple[Tensor, Tensor] | None]):
+    """Two views of every image, decided by the image's path alone."""
+
+    def __init__(self, source: ImageSource, image_px: int) -> None:
+        self.source, self.multicrop = source, MultiCrop(FIXED_VIEWS, image_px, image_px)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        try:
+            image = self.source.read(index)
+        except BadImage:
+            return None
+        path = self.source.path(index).encode(errors="surrogateescape")
+        views = self.multicrop(image, np.random.default_rng(list(hashlib.blake2b(path, digest_size=16).digest())))
+        return views.global_crops, views.factors
+
+
+def _stack(items: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    good = [item for item in items if item is not None]
+    return (torch.stack([g[0] for g in good]), torch.stack([g[1] for g in good])) if good else None
+
+
+@torch.inference_mode()
+def retrieve_views(backbone: Backbone, source: ImageSource, embedder: Embedder) -> Tensor:
+    """(N,) 0 or 1: whether each image's second view finds its first among all images' first views.
+
+    Unreadable images are left out.
+    """
+    dataset = _FixedViews(source, backbone.image_px)
+    loader = DataLoader(
+        dataset,
+        embedder.batch_size,
+        collate_fn=_stack,
+        num_workers=embedder.workers,
+        generator=torch.Generator().manual_seed(0),
+    )
+    training, device = backbone.module.training, next(backbone.module.parameters()).device
+    backbone.module.eval()
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for batch in loader:
+        if batch is None:
+            continue
+        for side, vectors in enumerate(sides):
+            pixels, factors = batch[0][:, side].to(device), batch[1][:, side].to(device)
+            x = photometric(pixels, factors, backbone.mean, backbone.std, dataset.multicrop.parts)
+            vectors.append(backbone.module(x).float().cpu())
+    backbone.module.train(training)
+    return view_retrieval(torch.cat(sides[0]), torch.cat(sides[1]))

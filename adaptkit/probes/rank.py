@@ -1,0 +1,75 @@
+"""How many directions the embeddings use. No labels needed; a higher rank alone is not a better backbone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaptkit.embedding import Embeddings
+from adaptkit.probes.intervals import jackknife_interval, leave_out
+from adaptkit.probes.score import Score, check_finite
+
+RANKME_EPS = 1e-7
+BLOCKS = 20
+
+
+def probe_rank(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
+    """`rankme`, `d_eff`, `r_eff` of the gallery's embeddings, with block jackknife intervals.
+
+    The gallery, because it is the larger set: the measures grow with the number of images until that is many times D.
+    """
+    check_finite(gallery)
+    vectors = gallery.vectors
+    whole = rank_measures(vectors)
+    if len(vectors) < 4:
+        return {name: Score(value) for name, value in whole.items()}
+    groups = leave_out(len(vectors), BLOCKS)
+    parts = [rank_measures(vectors[kept]) for kept in groups]  # one eigendecomposition for all three
+    sizes = [len(vectors) - len(kept) for kept in groups]
+    scores = {}
+    for name, value in whole.items():
+        interval = jackknife_interval(value, [part[name] for part in parts], sizes)
+        scores[name] = Score(value, None, (interval.lo, interval.hi))
+    return scores
+
+
+def rankme(vectors: Tensor) -> float:
+    """(N, D) -> exp of the entropy of the centred embeddings' normalised singular values (Garrido et al. 2023)."""
+    return rank_measures(vectors)["rankme"]
+
+
+def d_eff(vectors: Tensor) -> float:
+    """(N, D) -> (sum l)^2 / sum l^2, l = eigenvalues of the covariance (arXiv 2602.09764)."""
+    return rank_measures(vectors)["d_eff"]
+
+
+def r_eff(vectors: Tensor) -> float:
+    """(N, D) -> exp of the entropy of l / sum l, l = eigenvalues of the covariance (arXiv 2602.09764)."""
+    return rank_measures(vectors)["r_eff"]
+
+
+def rank_measures(vectors: Tensor) -> dict[str, float]:
+    """(N, D) -> all three. Embeddings that do not vary have the measures' minimum, 1."""
+    eigenvalues = spectrum(vectors)
+    if not bool(eigenvalues.any()):
+        return {"rankme": 1.0, "d_eff": 1.0, "r_eff": 1.0}
+    share = eigenvalues / eigenvalues.sum()
+    singular = eigenvalues.sqrt()
+    spread = singular / singular.sum() + RANKME_EPS
+    return {
+        "rankme": float(torch.exp(-(spread * spread.log()).sum())),
+        "d_eff": float(1 / share.square().sum()),
+        "r_eff": float(torch.exp(-torch.xlogy(share, share).sum())),
+    }
+
+
+def spectrum(vectors: Tensor) -> Tensor:
+    """(N, D) -> (min(N, D),) float64 eigenvalues >= 0 of the centred Gram matrix: N times the covariance's."""
+    centred = vectors.double()
+    power = centred.square().sum()
+    centred = centred - centred.mean(dim=0)
+    if bool(centred.square().sum() <= 1e-12 * power):  # only float32 rounding differs between the images
+        return centred.new_zeros(min(centred.shape))
+    gram = centred.T @ centred if len(centred) >= centred.shape[1] else centred @ centred.T
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    return eigenvalues.clamp(min=0)

@@ -1,0 +1,41 @@
+"""Retrieval: how well the full ranking by cosine puts images of the same class first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaptkit.embedding import Embeddings
+from adaptkit.errors import DataError
+from adaptkit.probes.knn import cosine_blocks
+from adaptkit.probes.score import Score, labels_of, percent_score
+
+
+def probe_retrieval(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
+    """`retrieval_map`, percent: mean average precision over the queries with at least one relevant image.
+
+    `per_query` holds those queries only. Raises DataError when there are none.
+    """
+    labels, truth, _ = labels_of(gallery, queries)
+    # the gallery is listed class by class, so equal similarities would otherwise rank by class
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    labels = labels[order]
+    answerable = torch.isin(truth, labels)
+    if not bool(answerable.any()):
+        raise DataError("no query has an image of its class in the gallery; check that both have the same classes")
+    truth = truth[answerable]
+    precision = [
+        average_precision(labels[similarity.argsort(dim=1, descending=True, stable=True)] == truth[rows, None])
+        for rows, similarity in cosine_blocks(queries.vectors[answerable], gallery.vectors[order])
+    ]
+    return {"retrieval_map": percent_score(torch.cat(precision))}
+
+
+def average_precision(relevant: Tensor) -> Tensor:
+    """(Q, N) bool, best match first, at least one True per row -> (Q,) mean over relevant ranks r of precision at r."""
+    row, rank = relevant.nonzero(as_tuple=True)  # row by row, so the ranks of a row are ascending
+    count = relevant.sum(dim=1)
+    first = count.cumsum(0) - count
+    found = torch.arange(1, len(row) + 1) - first[row]  # relevant images up to and including this one
+    total = torch.zeros(len(relevant), dtype=torch.float64).index_add_(0, row, found.double() / (rank + 1))
+    return total / count

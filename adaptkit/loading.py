@@ -27,6 +27,18 @@ Failure = tuple[str, str]  # path, reason
 
 
 @dataclass(frozen=True)
+class Stuck:
+    """In place of a batch: so many bad images in a row that none could be replaced."""
+
+    failures: tuple[Failure, ...]
+
+    def error(self) -> DataError:
+        """What the user is told."""
+        path, reason = self.failures[0]
+        return DataError(f"{path}: {reason}, and so are the images after it; check the data")
+
+
+@dataclass(frozen=True)
 class Batch:
     """Views of n images of this process: (n, G, 3, S, S) and (n, L, 3, s, s) uint8, (n, V, 8); bad images met."""
 
@@ -42,7 +54,11 @@ class Batch:
         )
 
 
-class ViewDataset(Dataset[tuple[Views, tuple[Failure, ...]]]):
+Item = tuple[Views | None, tuple[Failure, ...]]
+"""The views of an image and the bad images met on the way; no views when there was no good one near."""
+
+
+class ViewDataset(Dataset[Item]):
     """The views of image `index` in epoch `epoch`; a bad image is replaced by the next good one."""
 
     def __init__(self, source: ImageSource, multicrop: MultiCrop, seed: int) -> None:
@@ -50,7 +66,7 @@ class ViewDataset(Dataset[tuple[Views, tuple[Failure, ...]]]):
         self.multicrop = multicrop
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Views, tuple[Failure, ...]]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
         failures: list[Failure] = []
         for offset in range(min(MAX_TRIES, len(self.source))):
@@ -60,8 +76,7 @@ class ViewDataset(Dataset[tuple[Views, tuple[Failure, ...]]]):
                 failures.append((bad.path, bad.reason))
                 continue
             return self.multicrop(image, np.random.default_rng([self.seed, epoch, index])), tuple(failures)
-        path, reason = failures[0]
-        raise DataError(f"{path}: {reason}, and so the {len(failures) - 1} images after it; check the data")
+        return None, tuple(failures)  # an error raised in a worker would reach the user as a traceback
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -99,9 +114,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, int(index)) for index in order[first : first + self.share]]
 
 
-def collate(items: list[tuple[Views, tuple[Failure, ...]]]) -> Batch:
+def collate(items: list[Item]) -> Batch | Stuck:
     """Stack the views of n images."""
-    views = [item[0] for item in items]
+    views = [item[0] for item in items if item[0] is not None]
+    if len(views) < len(items):
+        return Stuck(tuple(failure for item in items for failure in item[1]))
     return Batch(
         torch.stack([view.global_crops for view in views]),
         torch.stack([view.local_crops for view in views]),
@@ -118,7 +135,8 @@ def start_worker(worker: int) -> None:
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+    if hasattr(signal, "alarm"):  # not on Windows, where nothing sends SIGTERM to workers either
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
 def view_loader(dataset: ViewDataset, sampler: StepSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from adaptkit.errors import DataError, MachineError
@@ -40,6 +41,11 @@ class BadImages:
         if self._file is not None:
             _append(self._file, {"path": path, "reason": reason})
         self._check()
+
+    def add_all(self, failures: Iterable[tuple[str, str]]) -> None:
+        """`add` for every (path, reason)."""
+        for path, reason in failures:
+            self.add(path, reason)
 
     def _note(self, path: str, reason: str) -> None:
         self._first = self._first or f"{shown(path)} ({reason})"

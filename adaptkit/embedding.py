@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from adaptkit.backbones import Backbone
 from adaptkit.errors import DataError, DeviceMemoryError, UsageError, did_you_mean
+from adaptkit.loading import start_worker
 from adaptkit.sources import BadImage, ImageSource
 from adaptkit.sources.source import shown
 
@@ -108,7 +109,13 @@ def _loader(backbone: Backbone, source: ImageSource, batch_size: int, workers: i
     # an own generator: otherwise every pass draws from the global one, and probing would change the training after it
     generator = torch.Generator().manual_seed(0)
     loader: Iterable[Any] = DataLoader(  # typed by the dataset's items, whatever collate_fn makes of them
-        images, batch_size, collate_fn=_collate, num_workers=workers, pin_memory=pin, generator=generator
+        images,
+        batch_size,
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=start_worker,
+        generator=generator,
     )
     return loader
 

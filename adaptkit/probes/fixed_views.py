@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from adaptkit.backbones import Backbone
 from adaptkit.embedding import Embedder
+from adaptkit.loading import start_worker
 from adaptkit.probes.views import view_retrieval
 from adaptkit.recipe import ViewSettings
 from adaptkit.sources import BadImage, ImageSource
@@ -66,6 +67,7 @@ def retrieve_views(backbone: Backbone, source: ImageSource, embedder: Embedder) 
         embedder.batch_size,
         collate_fn=_stack,
         num_workers=embedder.workers,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),
     )
     training, device = backbone.module.training, next(backbone.module.parameters()).device

@@ -18,6 +18,7 @@ from adaptkit.probes.score import percent_score
 from adaptkit.sources import ImageSource
 
 RANK_METRICS = ("rankme", "d_eff", "r_eff")
+KEPT_WEIGHT = 0.1  # a point of view retrieval may cost nine points of neighbour overlap; a choice, not yet a study
 LABEL_PROBES = ("knn", "linear", "retrieval")
 
 
@@ -49,7 +50,7 @@ def measure_target(
     """The label-free measures: rank, view retrieval, and with them what is kept of the `original`'s neighbours.
 
     `neighbour_overlap` and `selection_score` compare with the original; its own are 100 % kept. The score of an
-    image is the mean of its view retrieval (0 or 100) and its overlap: spread alone would reward harm.
+    image weighs its view retrieval (0 or 100) against its overlap: telling images apart alone would reward harm.
     """
     plain = embedder(backbone, source)
     found = retrieve_views(backbone, source, embedder)
@@ -63,11 +64,8 @@ def measure_target(
     return Measurement(scores, plain.vectors, plain.failures)
 
 
-KEPT_WEIGHT = 0.25
-
-
 def selection_score(found: Tensor, kept: Tensor) -> Tensor:
-    """(N,) view retrieval and (N,) neighbour overlap, both in [0, 1] -> (N,) in [0, 1]."""
+    """(N,) view retrieval and (N,) neighbour overlap, both in [0, 1] -> (N,) their weighted mean."""
     return (1 - KEPT_WEIGHT) * found + KEPT_WEIGHT * kept
 
 

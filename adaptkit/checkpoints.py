@@ -1,0 +1,74 @@
+"""Checkpoints: one safetensors file each, its JSON state in the header, written whole or not at all.
+
+`checkpoints/last.safetensors` holds everything that decides the future of a run; random numbers need no state,
+as all of them are functions of (seed, step). Candidates hold the teacher alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adaptkit.errors import DataError
+from adaptkit.run import atomic, machine_errors
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors and a JSON state to one file, atomically. Raises `MachineError` when the disk is full."""
+    on_cpu = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with machine_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic(path) as part:
+                save_file(on_cpu, part, metadata={"adaptkit": json.dumps(state)})
+        except SafetensorError as error:  # wraps the OSError of a full disk
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote. Raises `DataError` if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state = json.loads((file.metadata() or {})["adaptkit"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: damaged checkpoint ({error}); start the run again with --overwrite") from None
+
+
+def pack_training(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Student, teacher and optimizer as one flat dict of tensors."""
+    tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
+    tensors |= {f"teacher.{name}": tensor for name, tensor in teacher.state_dict().items()}
+    for name, parameter in student.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
+
+
+def unpack_training_(
+    tensors: dict[str, Tensor], student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put what `pack_training` gave back in place."""
+    student.load_state_dict(with_prefix(tensors, "student."))
+    teacher.load_state_dict(with_prefix(tensors, "teacher."))
+    for key in {name.split(".")[1] for name in tensors if name.startswith("optimizer.")}:
+        values = with_prefix(tensors, f"optimizer.{key}.")
+        for name, parameter in student.named_parameters():
+            if name in values:
+                # AdamW keeps its step count on the CPU and the moments beside the parameter
+                device = "cpu" if key == "step" else parameter.device
+                optimizer.state[parameter][key] = values[name].to(device)
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

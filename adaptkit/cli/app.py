@@ -1,0 +1,71 @@
+"""The group of commands, and the one place where an exception becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+import adaptkit
+from adaptkit.cli.command_adapt import adapt_command
+from adaptkit.cli.command_probe import probe_command
+from adaptkit.cli.command_resume import resume_command
+from adaptkit.cli.failure import describe, report_failure
+from adaptkit.errors import did_you_mean
+
+
+class App(click.Group):
+    """A group that suggests commands and turns every exception into one line and its exit code."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with a suggestion for a misspelt command."""
+        names = self.list_commands(ctx)
+        if args[0] in names or args[0].startswith("-"):
+            return super().resolve_command(ctx, args)
+        hint = did_you_mean(args[0], names)
+        raise click.UsageError(f"no such command {args[0]!r}{hint or '; commands: ' + ', '.join(names)}", ctx)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command and leave the process with its exit code (with `standalone_mode=False`: return it)."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra) or 0
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except (Exception, KeyboardInterrupt) as error:
+            code = report_failure(error, describe(error), as_json="--json" in words)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+@click.group(
+    cls=App,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage or recipe, 3 data, 4 backbone or weights, 5 --require-gain not met, "
+    "6 collapsed, 7 GPU out of memory, 8 disk full or no permission, 75 interrupted (go on with `adaptkit resume`).",
+)
+@click.version_option(adaptkit.__version__, prog_name="adaptkit")
+def main() -> None:
+    """Adapt a pretrained backbone to your own unlabelled images, and prove that it got better.
+
+    \b
+      adaptkit adapt --backbone dino_vits16 --data ./images
+      adaptkit probe --backbone dino_vits16 --data ./labelled
+    """
+
+
+for command in (adapt_command, probe_command, resume_command):
+    main.add_command(command)

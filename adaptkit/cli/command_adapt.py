@@ -1,0 +1,78 @@
+"""`adaptkit adapt`: resolve the recipe, make the run directory, then import torch and go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptkit.cli.execute import execute
+from adaptkit.cli.options import as_json, overrides, quiet, setting
+from adaptkit.errors import UsageError
+from adaptkit.recipe import Recipe, load_recipe, recipe_names
+
+
+@click.command("adapt", short_help="Adapt a backbone to a folder of images.")
+@setting("backbone")
+@setting("data")
+@click.option("--output", metavar="FOLDER", help="The run directory.  [default: runs/ and a name from the data]")
+@setting("labels")
+@click.option(
+    "--recipe",
+    default="bits-reset",
+    show_default=True,
+    metavar="NAME|FILE.yaml",
+    help=f"Where the settings come from ({', '.join(recipe_names()) or 'a file'}).",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")
+@setting("epochs")
+@setting("steps")
+@setting("batch_size")
+@setting("lr")
+@setting("workers")
+@setting("select")
+@setting("require_gain")
+@setting("max_bad")
+@setting("weights")
+@setting("pretrained")
+@setting("allow_missing")
+@setting("readout")
+@setting("seed")
+@setting("precision")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
+@as_json
+@quiet
+def adapt_command(
+    output: str | None,
+    recipe: str,
+    assignments: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Adapt a backbone to a folder of unlabelled images.
+
+    The original backbone is probed first; the adapted one is exported only where it is better on images that
+    neither training nor selection has seen. Labels, if given, are never trained on.
+
+    Precedence: defaults, then the recipe, then options and --set. A run is repeated with `--recipe RUN/recipe.yaml`.
+    """
+    resolved = complete(load_recipe(recipe, overrides(flags), assignments))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and output is None:
+        raise UsageError("several processes need one run directory; give --output FOLDER")
+    from adaptkit.run import Run  # here, because `adaptkit --help` needs none of it
+
+    execute(Run.create(resolved, Path(output) if output is not None else None, overwrite), as_json, quiet)
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that it means the same from anywhere. Raises UsageError when the backbone
+    or the images are not given."""
+    if not recipe.backbone:
+        raise UsageError("no backbone; give --backbone NAME, or `backbone:` in the recipe")
+    if not recipe.data:
+        raise UsageError("no images; give --data FOLDER, or `data:` in the recipe")
+    return recipe.with_absolute_paths()

@@ -1,0 +1,71 @@
+"""What `adapt` and `resume` share: carry the run out, record how it ended, show the result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.cli.failure import describe, recorded, report_failure
+from adaptkit.errors import AdaptkitError, Collapsed, GainNotMet
+
+if TYPE_CHECKING:
+    from adaptkit.run import Run
+
+
+def execute(run: Run, as_json: bool, quiet: bool) -> None:
+    """Carry out the run and print its result.
+
+    A complete run whose result is not what was asked for (exit codes 5 and 6) is shown like any other; its error
+    follows on stderr, and with `as_json` stands inside the one document.
+    """
+    from adaptkit.cli.console import RichReporter, is_main_process  # here, because `adaptkit --help` needs none of it
+
+    finished, unwanted = _written_report(run), None
+    if finished is not None:  # the report is written last: only showing it is left to do
+        _show(run, finished, _unwanted(finished), as_json)
+        return
+    try:
+        with recorded(run), RichReporter(quiet) as reporter:
+            reporter.start(run.path)
+            if is_main_process():
+                run.status("running", None, "started")
+            from adaptkit.train import run_adaptation  # imports torch: the run directory exists by now
+
+            report = run_adaptation(run, reporter).report
+    except (GainNotMet, Collapsed) as error:
+        written = _written_report(run)
+        if written is None:
+            raise
+        report, unwanted = written, error
+    _show(run, report, unwanted, as_json)
+
+
+def _unwanted(report: dict[str, Any]) -> AdaptkitError | None:
+    """The error that a finished run ended with, if any."""
+    if report["verdict"] == "collapsed":
+        return Collapsed(report["message"])
+    required = report.get("require_gain")
+    return GainNotMet(report["message"]) if required and not required["met"] else None
+
+
+def _show(run: Run, report: dict[str, Any], unwanted: AdaptkitError | None, as_json: bool) -> None:
+    from adaptkit.cli.summary import print_document, print_run
+
+    failure = describe(unwanted) if unwanted else None
+    if as_json:
+        print_document(report | ({"error": asdict(failure)} if failure else {}))
+    else:
+        print_run(report, run.path)
+    if unwanted and failure:
+        raise click.exceptions.Exit(report_failure(unwanted, failure, as_json=False))
+
+
+def _written_report(run: Run) -> dict[str, Any] | None:
+    file = run.path / "report.json"
+    if not file.is_file():
+        return None
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+    return report

@@ -1,0 +1,78 @@
+"""Command-line options. What is a setting of the recipe takes its help, type and default from there."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from adaptkit.recipe import FLAGS, Recipe
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+METAVARS = {
+    "backbone": "NAME|FOLDER",
+    "data": "FOLDER",
+    "labels": "FOLDER|CSV",
+    "weights": "FILE",
+    "require_gain": "METRIC>=POINTS",
+    "max_bad": "COUNT|PERCENT",
+    "allow_missing": "GLOB",
+}
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+quiet = click.option("--quiet", is_flag=True, help="No progress and no notes; only the result and errors.")
+
+
+def setting(name: str, **changes: Any) -> Decorator:
+    """The option `--name` for the recipe's setting of that name (or the key `FLAGS` gives). Not given is None."""
+    field = field_of(FLAGS.get(name, name))
+    flag = "--" + name.replace("_", "-")
+    options: dict[str, Any] = {"default": None, "metavar": METAVARS.get(name), "help": _help(field)}
+    kind = _plain_type(field.annotation)
+    if kind is bool:
+        on_by_default = field.default is True
+        flag = f"--no-{name.replace('_', '-')}" if on_by_default else flag
+        text = f"Do not {field.description}." if on_by_default else _help(field)
+        options |= {"help": text, "is_flag": True, "flag_value": not on_by_default, "type": bool, "metavar": None}
+        return click.option(flag, name, **options | changes)
+    if get_origin(kind) is Literal:
+        options["type"] = click.Choice(get_args(kind))
+    elif get_origin(kind) is tuple:
+        options |= {"multiple": True, "type": str}
+    else:
+        options["type"] = kind
+    return click.option(flag, name, **options | changes)
+
+
+def field_of(key: str) -> FieldInfo:
+    """The recipe's field for a dotted key."""
+    group: Any = Recipe
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        group = group.model_fields[parent].annotation
+    field: FieldInfo = group.model_fields[leaf]
+    return field
+
+
+def overrides(flags: dict[str, Any]) -> dict[str, Any]:
+    """Values of `setting` options -> dotted keys of the recipe, those that were given."""
+    return {FLAGS.get(name, name): value for name, value in flags.items() if value not in (None, ())}
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`int | None` -> int."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(kind for kind in get_args(annotation) if kind is not types.NoneType)
+    return annotation
+
+
+def _help(field: FieldInfo) -> str:
+    description = field.description or ""
+    text = description[:1].upper() + description[1:]
+    default = field.default
+    shown = "" if default is None or default == () else f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{text}.  [default: {shown}]" if shown else f"{text}."

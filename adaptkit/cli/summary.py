@@ -1,0 +1,95 @@
+"""What a command leaves on stdout: tables for people, one JSON document for pipelines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from adaptkit.cli.console import StreamConsole, drop_output, is_main_process
+from adaptkit.cli.failure import one_line
+from adaptkit.report.markdown import INTERVALS, LABEL_FREE, is_original, metric_order, snippet
+from adaptkit.report.numbers import change_text, score_text
+
+VERDICT_STYLES = {"improved": "bold green", "collapsed": "bold red"}
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """The one JSON document on stdout. ASCII only, so that no file name and no locale can break it."""
+    if not is_main_process():
+        return
+    try:
+        print(json.dumps(document, indent=2, allow_nan=False), flush=True)
+    except BrokenPipeError:
+        drop_output(sys.stdout)
+
+
+def print_run(report: Mapping[str, Any], run: Path) -> None:
+    """The result of a run: verdict, table, where the export lies and how to load it."""
+    console, probes = StreamConsole(sys.stdout), report["probes"]
+    _line(console, "")
+    _line(console, report["message"], VERDICT_STYLES.get(report["verdict"], "bold"), wrap=True)
+    _line(console, "")
+    rows = []
+    for name in metric_order(report):
+        before, after = (score_text(name, probes[side].get(name)) for side in ("before", "after"))
+        rows.append((name, before, after, change_text(probes["delta"].get(name))))
+    _table(console, ("metric", "before", "after", "change"), rows)
+    _line(console, INTERVALS, "dim", wrap=True)
+    if report["evidence"] == "label_free":
+        _line(console, LABEL_FREE, "dim", wrap=True)
+    _line(console, "")
+    selected = report.get("selected") or {}
+    original = is_original(selected)
+    choice = "the original backbone" if original else f"step {selected['step']}, alpha {selected['alpha']:g}"
+    _line(console, f"selected  {choice}")
+    _line(console, f"export    {run / 'backbone'}")
+    _line(console, f"report    {run / 'report.md'}")
+    _line(console, "")
+    for line in snippet(str(run / "backbone")).splitlines():
+        _line(console, f"    {line}" if line else "")
+    _line(console, "")
+    _line(console, "Without pretrained=True timm gives random weights.")
+
+
+def print_probe(document: Mapping[str, Any]) -> None:
+    """The result of `probe`: one backbone's scores, or two with the paired difference."""
+    console, metrics, other = StreamConsole(sys.stdout), document["metrics"], document.get("compared_with")
+    header, rows = ["metric", "value"], [[name, score_text(name, score)] for name, score in metrics.items()]
+    _line(console, "")
+    if other:
+        _line(console, f"A  {document['backbone']}")
+        _line(console, f"B  {other['backbone']}")
+        header = ["metric", "A", "B", "change, A to B"]
+        for row in rows:
+            name = row[0]
+            row += [score_text(name, other["metrics"].get(name)), change_text(document["delta"].get(name))]
+    else:
+        _line(console, str(document["backbone"]))
+    _line(console, "")
+    _table(console, header, rows)
+    if document.get("verdict"):
+        _line(console, str(document["verdict"]), "bold", wrap=True)
+    sizes = f"{document['num_gallery']:,} gallery images, {document['num_queries']:,} queries"
+    classes = f", {document['num_classes']} classes" if document.get("num_classes") else ""
+    _line(console, f"{sizes}{classes}, seed {document['seed']}. {INTERVALS}", "dim", wrap=True)
+
+
+def _line(console: StreamConsole, text: str, style: str = "", wrap: bool = False) -> None:
+    """A line of text that may hold anything; unless `wrap`, it is left whole for copying."""
+    console.print(Text(one_line(text) if text.strip() == text else "    " + one_line(text), style), soft_wrap=not wrap)
+
+
+def _table(console: StreamConsole, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for title in header:
+        table.add_column(title, overflow="fold")  # a number is never cut
+    for row in rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    console.print(table)
+    _line(console, "")

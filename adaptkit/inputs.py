@@ -1,0 +1,125 @@
+"""The images of a run: the target's splits, and the labelled images that only score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from adaptkit.errors import DataError, UsageError
+from adaptkit.recipe import Recipe
+from adaptkit.sources import (
+    FolderSource,
+    ImageSource,
+    fingerprint,
+    halve,
+    open_folder,
+    open_labelled,
+    same_content,
+    split,
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Labelled images: the gallery, and the queries halved into those that choose and those that report."""
+
+    gallery: ImageSource
+    selection: ImageSource
+    report: ImageSource
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads. `train` is the only part a gradient ever sees."""
+
+    everything: FolderSource
+    train: FolderSource
+    selection: FolderSource
+    report: FolderSource
+    scored: Scored | None
+    facts: dict[str, Any]
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Scan, split, and take labelled images out of training. Raises `DataError`, `UsageError`."""
+    if recipe.data is None:
+        raise UsageError("no images: give --data FOLDER")
+    target = open_folder(recipe.data)
+    parts = split(target, recipe.sources.split_by)
+    scored, held_out = _open_labels(recipe)
+    left_out = same_content(target, held_out) if held_out else np.empty(0, dtype=np.int64)
+    train = np.setdiff1d(parts.train, left_out)
+    facts = {
+        "path": recipe.data,
+        "num_images": len(target),
+        "train": len(train),
+        "selection": len(parts.selection),
+        "report": len(parts.report),
+        "left_out": len(parts.train) - len(train),
+        "fingerprint": fingerprint(target),
+        "labels": scored.facts if scored else None,
+    }
+    if len(train) < 2:
+        raise DataError(f"{recipe.data}: every image is also under --labels, so none is left to train on")
+    return Inputs(
+        everything=target,
+        train=target.subset(train),
+        selection=target.subset(parts.selection),
+        report=target.subset(parts.report),
+        scored=scored,
+        facts=facts,
+    )
+
+
+def _open_labels(recipe: Recipe) -> tuple[Scored | None, list[FolderSource]]:
+    """The labelled images, and those of them that must not be trained on.
+
+    With `train/` and `test/` inside the labels, the user has said what may be trained on: the test part is left
+    out of training, the train part (gallery, never scored) is not. Without, all labelled images are left out.
+    """
+    if recipe.labels is None:
+        if recipe.select.by == "labels":
+            raise UsageError("--select labels needs --labels FOLDER")
+        return None, []
+    labelled = open_labelled(recipe.labels)
+    gallery = labelled.gallery.subset(_thin(len(labelled.gallery), recipe.probe.max_gallery))
+    queries = labelled.queries.subset(_thin(len(labelled.queries), recipe.probe.max_queries))
+    selection, report = halve(queries, "queries")
+    facts = {
+        "path": recipe.labels,
+        "num_classes": len(labelled.class_names),
+        "gallery": len(gallery),
+        "selection": len(selection),
+        "report": len(report),
+        "fingerprint": f"{fingerprint(labelled.gallery)}-{fingerprint(labelled.queries)}",
+    }
+    scored = Scored(gallery, queries.subset(selection), queries.subset(report), facts)
+    held_out = [labelled.queries] if labelled.explicit_split else [labelled.queries, labelled.gallery]
+    return scored, held_out
+
+
+def _thin(count: int, limit: int) -> np.ndarray:
+    """Evenly spaced indices, at most `limit` of `count`: keeps the classes' shares, as files are sorted by class."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
+
+
+def fit_batch_size(recipe: Recipe, num_images: int, num_processes: int) -> int:
+    """The global batch size: an explicit one that does not fit is an error, the default shrinks."""
+    explicit = "batch_size" in recipe.model_fields_set
+    size = recipe.batch_size
+    if explicit and size > num_images:
+        raise DataError(
+            f"{recipe.data}: {num_images} training images, but batch_size is {size}; try --batch-size {num_images}"
+        )
+    if explicit and size % num_processes:
+        fitting = size // num_processes * num_processes
+        raise UsageError(f"batch_size {size} does not divide by {num_processes} processes; try {fitting}")
+    while not explicit and size > 8 and size * 4 > num_images:  # at least 4 steps an epoch
+        size //= 2
+    size = max(2, min(size, num_images)) // num_processes * num_processes
+    if not size:
+        raise DataError(f"{recipe.data}: {num_images} training images are too few for {num_processes} processes")
+    return size

@@ -1,0 +1,211 @@
+"""The run directory: made before torch is imported, so that even a failed start leaves a record.
+
+runs/NAME/  recipe.yaml  status.json  manifest.json  metrics.jsonl  bad_images.jsonl
+            checkpoints/  backbone/  head.safetensors  report.json  report.md
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from adaptkit.errors import DeviceMemoryError, MachineError, UsageError
+from adaptkit.recipe import Recipe, dump_recipe, load_recipe
+
+DISTRIBUTIONS = ("adaptkit", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors", "pillow")
+OURS = (
+    "recipe.yaml",
+    "status.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "bad_images.jsonl",
+    "checkpoints",
+    "backbone",
+    "head.safetensors",
+    "report.json",
+    "report.md",
+)
+PART = re.compile(r"(\.\d+)?\.part$")
+LOCAL_CODES = (1, DeviceMemoryError.exit_code, MachineError.exit_code)  # may strike one process of several
+MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution's directory and its resolved recipe."""
+
+    path: Path
+    recipe: Recipe
+
+    @classmethod
+    def create(cls, recipe: Recipe, output: Path | None = None, overwrite: bool = False) -> Run:
+        """Make the directory with `recipe.yaml` and `status.json`.
+
+        Without `output` the name is made from data and backbone and never taken twice. `overwrite` removes the
+        files of an earlier run, and only those. Raises `UsageError` if the folder is not empty, `MachineError` if
+        it cannot be written. In a launch of several processes all but the first only wait for the directory.
+        """
+        path = Path(os.path.abspath(output)) if output else _fresh_name(recipe)
+        if _rank() > 0:
+            return cls(path, recipe)
+        with machine_errors(path):
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"{path}: is a file; give --output a folder")
+            if path.is_dir() and any(path.iterdir()):
+                _clear(path, overwrite)
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / "recipe.yaml", _as_asked(recipe))
+        run = cls(path, recipe)
+        run.status("running", None, "started")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run. Raises `UsageError` if the folder is none."""
+        folder = Path(os.path.abspath(path))
+        if not (folder / "recipe.yaml").is_file():
+            raise UsageError(f"{path}: no run here (no recipe.yaml); give the folder that `adaptkit adapt` made")
+        return cls(folder, load_recipe(folder / "recipe.yaml"))
+
+    def replace_recipe(self, recipe: Recipe) -> Run:
+        """The same run with a recipe in which more is resolved; `recipe.yaml` is rewritten."""
+        self.write("recipe.yaml", dump_recipe(recipe))
+        return Run(self.path, recipe)
+
+    def status(self, state: str, exit_code: int | None, message: str) -> None:
+        """Write `status.json`: launchers hide exit codes, so the code is also here.
+
+        Of several processes the main one speaks for all, except that each may fail alone.
+        """
+        if _rank() == 0 or exit_code in LOCAL_CODES:
+            self.write_json("status.json", {"state": state, "exit_code": exit_code, "message": message})
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file of the run, whole or not at all."""
+        with machine_errors(self.path / name):
+            write_text(self.path / name, text)
+
+    def write_json(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a JSON file of the run, whole or not at all."""
+        self.write(name, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`. Numbers that are not finite become null: JSON knows none."""
+        finite = {key: None if isinstance(v, float) and v - v != 0 else v for key, v in record.items()}
+        with machine_errors(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines after `step`: they are written again by the resumed run."""
+        file = self.path / "metrics.jsonl"
+        if _rank() == 0 and file.exists():
+            kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
+            self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, flush to the disk, rename: whole or not at all."""
+    with atomic(path) as part, open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to `path` if the block succeeds, removed if not."""
+    part = path.with_name(path.name + (f".{_rank()}.part" if _rank() else ".part"))  # processes may fail together
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        yield part
+        os.chmod(part, mode)  # safetensors makes files that only their owner can read
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def machine_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into a `MachineError` of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in MACHINE_ERRNOS:
+            raise
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --output"
+        raise MachineError(f"{error.filename or path}: {error.strerror}; {advice}") from None
+
+
+def environment() -> dict[str, Any]:
+    """What `manifest.json` says about the software and the command."""
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "command": sys.argv,
+    }
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _as_asked(recipe: Recipe) -> str:
+    """The recipe as YAML; a batch size nobody asked for stays open until the images are counted.
+
+    Written down it would count as asked for, and a run stopped before that could not shrink it when resumed.
+    """
+    text = dump_recipe(recipe)
+    return text if "batch_size" in recipe.model_fields_set else re.sub(r"(?m)^batch_size: .*\n", "", text)
+
+
+def _fresh_name(recipe: Recipe) -> Path:
+    words = [Path(recipe.data or "run").name, Path(recipe.backbone or "backbone").name]
+    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("._") or "run" for word in words)
+    path, number = Path(os.path.abspath("runs")) / name, 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    return path
+
+
+def _clear(path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise UsageError(
+            f"{path}: not empty; add --overwrite to start again there, or go on with `adaptkit resume {path}`"
+        )
+    strangers = sorted(entry.name for entry in path.iterdir() if PART.sub("", entry.name) not in OURS)
+    if strangers or not all((path / name).is_file() for name in ("recipe.yaml", "status.json")):
+        what = f"holds {strangers[0]}, which no run made" if strangers else "is not a run"
+        raise UsageError(f"{path}: --overwrite replaces runs only, and this folder {what}; choose another --output")
+    for entry in path.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """Lines that end in a newline; a kill in the middle of a line leaves a piece that counts for nothing."""
+    return file.read_text(encoding="utf-8").split("\n")[:-1]

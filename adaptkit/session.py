@@ -1,0 +1,217 @@
+"""What training works on: the networks, the optimizer, and the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from adaptkit.backbones import Backbone, LoadReport
+from adaptkit.checkpoints import load_tensors, pack_training, save_tensors, unpack_training_, with_prefix
+from adaptkit.collapse import Channel
+from adaptkit.distill import Branch, build_pair
+from adaptkit.errors import BackboneError, UsageError
+from adaptkit.meter import Meter
+from adaptkit.objectives import OBJECTIVES, Objective
+from adaptkit.optimizer import build_optimizer
+from adaptkit.recipe import Recipe
+from adaptkit.schedules import Plan
+from adaptkit.sources import FolderSource
+from adaptkit.views import MultiCrop
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Reporter(Protocol):
+    """Who tells the user what happens. The library itself never prints."""
+
+    def phase(self, title: str) -> None:
+        """A new part of the run begins."""
+
+    def load_report(self, report: LoadReport) -> None:
+        """How the weights matched."""
+
+    def training(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
+        """A line of the log."""
+
+    def evaluation(self, step: int, metric: str, before: float, value: float, lower: float, upper: float) -> None:
+        """The teacher on the selection split; `lower` and `upper` bound the paired difference."""
+
+    def note(self, message: str) -> None:
+        """Something the user should read."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def phase(self, title: str) -> None: ...
+
+    def load_report(self, report: LoadReport) -> None: ...
+
+    def training(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluation(self, step: int, metric: str, before: float, value: float, lower: float, upper: float) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+@dataclass
+class TrainState:
+    """Everything beside tensors that decides the future of a run."""
+
+    step: int = 0
+    last_draw: int = 0  # step of the head's last draw
+    redraw_now: bool = False
+    lr_factor: float = 1.0
+    channel: Channel = field(default_factory=Channel)
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    last_record: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> TrainState:
+        """What `asdict` gave."""
+        return cls(**(state | {"channel": Channel(**state["channel"])}))
+
+
+@dataclass
+class Session:
+    """The working parts of a run. `wrapped` is the student as Accelerate prepared it; `student` the bare one."""
+
+    accelerator: Accelerator
+    plan: Plan
+    source: FolderSource
+    backbone: Backbone
+    multicrop: MultiCrop
+    objective: Objective
+    student: Branch
+    teacher: Branch
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    meter: Meter
+    workers: int
+    on_failures: Callable[[Iterable[tuple[str, str]]], None]
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.plan.recipe
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint that decides the rest of the run; only the main process writes."""
+        if self.accelerator.is_main_process:
+            tensors = pack_training(self.student, self.teacher, self.optimizer)
+            tensors |= {f"meter.{name}": value for name, value in self.meter.sums.items()}
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None  # fp16 only
+            state = {"train": asdict(self.state), "window_steps": self.meter.num_steps, "scaler": scaler}
+            save_tensors(file, tensors, state)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, file: Path) -> None:
+        """Go back to what `save` wrote."""
+        tensors, state = load_tensors(file)
+        self.optimizer.state.clear()
+        unpack_training_(tensors, self.student, self.teacher, self.optimizer)
+        self.state = TrainState.from_json(state["train"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.meter.restart()
+        device = self.accelerator.device
+        self.meter.sums = {name: value.to(device) for name, value in with_prefix(tensors, "meter.").items()}
+        self.meter.num_steps = state["window_steps"]
+
+
+def open_session(
+    accelerator: Accelerator,
+    plan: Plan,
+    source: FolderSource,
+    original: Backbone,
+    student: Backbone,
+    workers: int,
+    on_failures: Callable[[Iterable[tuple[str, str]]], None],
+) -> Session:
+    """Build student and teacher from the original under one seed, so that all processes hold the same networks."""
+    recipe = plan.recipe
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+    side = local_px(original, recipe.views.local_ratio)
+    check_views(original, side, recipe.views.num_local)
+    pair = build_pair(student.module, original.clone().module, original.embed_dim, objective, recipe.seed)
+    student_branch, teacher = (branch.to(accelerator.device) for branch in pair)
+    if accelerator.device.type == "cpu":
+        for branch in pair:
+            plain_attention_(branch)
+    optimizer = build_optimizer(student_branch, plan)
+    wrapped, prepared = accelerator.prepare(student_branch, optimizer)
+    multicrop = MultiCrop(recipe.views, original.image_px, side)
+    return Session(
+        accelerator=accelerator,
+        plan=plan,
+        source=source,
+        backbone=original,
+        multicrop=multicrop,
+        objective=objective,
+        student=student_branch,
+        teacher=teacher,
+        wrapped=wrapped,
+        optimizer=prepared,
+        meter=Meter(accelerator, objective),
+        workers=workers,
+        on_failures=on_failures,
+    )
+
+
+@torch.no_grad()
+def check_views(backbone: Backbone, side: int, num_local: int) -> None:
+    """Refuse early if the backbone cannot take local crops. Raises `BackboneError`."""
+    if num_local == 0 or side == backbone.image_px:
+        return
+    training, device = backbone.module.training, next(backbone.module.parameters()).device
+    try:
+        backbone.module.eval()(torch.zeros(1, 3, side, side, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        advice = "use --set views.local_ratio=1, or --set views.num_local=0"
+        raise BackboneError(f"{backbone.name}: cannot take {side} px local crops ({reason}); {advice}") from None
+    finally:
+        backbone.module.train(training)
+
+
+def plain_attention_(network: nn.Module) -> None:
+    """Let timm's attention be plain matrix products: on CPUs the fused kernel's backward pass takes half the step."""
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", False)  # noqa: B010  (an attribute of timm's, unknown to torch's types)
+
+
+def local_px(backbone: Backbone, ratio: float) -> int:
+    """Side of a local crop: the ratio of the global side, rounded up to whole patches (96 px for 224 and patch 16)."""
+    patch = getattr(getattr(backbone.module, "patch_embed", None), "patch_size", (8, 8))[0]
+    return min(backbone.image_px, patch * -(-round(backbone.image_px * ratio) // patch))
+
+
+def open_accelerator(precision: str) -> Accelerator:
+    """Accelerate's engine in the asked precision. `auto`: bf16 where the CPU or GPU computes in it, else fp32."""
+    AcceleratorState._reset_state(reset_partial_state=False)  # a second run in one process may differ in precision
+    has_gpu = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "bf16" if (torch.cuda.is_bf16_supported() if has_gpu else cpu_has_bf16()) else "fp32"
+    if precision == "fp16" and not has_gpu:
+        raise UsageError("precision fp16 needs a GPU; use --precision bf16 or fp32")
+    # a warm-up leaves the backbone without gradients, which plain DDP does not expect
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)]
+    return Accelerator(mixed_precision=PRECISIONS[precision], kwargs_handlers=handlers)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 instructions (AVX512-BF16 or AMX); without them bf16 is slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)

@@ -99,7 +99,7 @@ def embed(
         raise DeviceMemoryError(f"{target}: {advice}") from error
     if not vectors:
         detail = f"; the first: {shown(failures[0][0])}: {failures[0][1]}" if failures else ""
-        raise DataError(f"none of the {len(source)} images could be read{detail}; run 'adaptkit check' on the folder")
+        raise DataError(f"none of the {len(source)} images could be read{detail}; check the data")
     return _collect(source, torch.cat(vectors), indices, failures)
 
 

@@ -408,11 +408,20 @@ def test_probe_passes_its_options_on(invoke: Callable[..., Result], probed: list
 
 def test_probe_prints_numbers_with_intervals_images_and_seed(invoke: Callable[..., Result], probed: Any) -> None:
     text = invoke("probe", "--backbone", "nano", "--data", "d", "--quiet").stdout
-    assert "knn_top1  61.2% [58.1, 64.3]" in text
+    assert "knn_top1 61.2% [58.1, 64.3]" in text
     assert "60 gallery images, 60 queries, seed 0" in text
     text = invoke("probe", "--backbone", "a", "--backbone", "b", "--data", "d").stdout
-    assert "61.2% [58.1, 64.3]  64.4% [61.3, 67.5]  +3.2 [+1.1, +5.3]" in text
+    assert "61.2% [58.1, 64.3] 64.4% [61.3, 67.5] +3.2 [+1.1, +5.3]" in text
     assert "B is better" in text
+
+
+def test_the_widest_row_of_a_run_fits_into_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    from adaptkit.cli.console import StreamConsole
+    from adaptkit.cli.summary import _table
+
+    row = ("view_retrieval_top1", "18.2% [15.4, 21.6]", "22.1% [18.9, 25.3]", "-34.5 [-36.1, -32.9]")
+    _table(StreamConsole(sys.stdout), ("metric", "before", "after", "change"), [row])
+    assert " ".join(row) in capsys.readouterr().out.splitlines()[1]
 
 
 def test_interrupting_a_probe_exits_75(

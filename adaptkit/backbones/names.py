@@ -91,9 +91,7 @@ def find(name: str) -> Origin:
     if any(char in name for char in "/\\"):
         raise BackboneError(f"{name}: no such folder; for a repository of the hub write hf-hub:{name}")
     hint = did_you_mean(name, [NANO, *ALIASES, *timm.list_models(), *timm.list_pretrained()])
-    raise BackboneError(
-        f"unknown backbone {name!r}{hint}; give a name from 'adaptkit backbones', hf-hub:org/name or a local folder"
-    )
+    raise BackboneError(f"unknown backbone {name!r}{hint}; give a timm name, hf-hub:org/name or a local folder")
 
 
 def _from_timm(name: str, timm_name: str) -> Origin:

@@ -86,9 +86,9 @@ def _line(console: StreamConsole, text: str, style: str = "", wrap: bool = False
 
 
 def _table(console: StreamConsole, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for title in header:
-        table.add_column(title, overflow="fold")  # a number is never cut
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for number, title in enumerate(header):
+        table.add_column(title, overflow="fold", no_wrap=number == 0)  # a number is never cut, a name never split
     for row in rows:
         table.add_row(*(Text(one_line(cell)) for cell in row))
     console.print(table)

@@ -187,8 +187,10 @@ class Recipe(Settings):
     def with_absolute_paths(self) -> Recipe:
         """The same recipe, its paths independent of the folder it was started in."""
         paths = {key: os.path.abspath(getattr(self, key)) for key in PATH_KEYS if getattr(self, key) is not None}
-        if self.backbone is not None and os.path.isdir(self.backbone):
-            paths["backbone"] = os.path.abspath(self.backbone)
+        # a plain word is a name, unless a saved backbone lies in a folder of that name; `nano` always is
+        folder = self.backbone if self.backbone != "nano" else None
+        if folder and (os.path.dirname(folder) or os.path.isfile(os.path.join(folder, "config.json"))):
+            paths["backbone"] = os.path.abspath(folder) if os.path.isdir(folder) else folder
         return self.model_copy(update=paths)
 
 

@@ -153,6 +153,7 @@ def test_flags_and_assignments_reach_the_recipe(invoke: Callable[..., Result], t
 def test_paths_are_absolute_so_that_resume_works_from_anywhere(invoke: Callable[..., Result], train: Any) -> None:
     runs = train(lambda run, reporter: make_report())
     Path("mine").mkdir()
+    Path("mine/config.json").touch()
     invoke("adapt", "--backbone", "mine", "--data", "a", "--labels", "b.csv", "--weights", "w.pth", "--output", "out")
     recipe = runs[0].recipe
     given = (recipe.backbone, recipe.data, recipe.labels, recipe.weights)

@@ -222,3 +222,18 @@ def test_did_you_mean() -> None:
 def test_recipes_do_not_need_torch() -> None:
     code = "import sys, adaptkit.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+
+
+def test_paths_become_absolute_but_a_name_stays_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nano", "mine", "resnet18"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine" / "config.json").touch()
+    (tmp_path / "nano" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert Recipe(backbone="nano", data="photos").with_absolute_paths().backbone == "nano"
+    assert Recipe(backbone="nano").with_absolute_paths().data is None
+    assert Recipe(backbone="resnet18").with_absolute_paths().backbone == "resnet18"
+    assert Recipe(backbone="hf-hub:org/name").with_absolute_paths().backbone == "hf-hub:org/name"
+    assert Recipe(backbone="mine").with_absolute_paths().backbone == str(tmp_path / "mine")
+    absolute = Recipe(backbone="./nano", data="photos").with_absolute_paths()
+    assert (absolute.backbone, absolute.data) == (str(tmp_path / "nano"), str(tmp_path / "photos"))

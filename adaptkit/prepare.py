@@ -106,7 +106,7 @@ def write_manifest(run: Run, original: Backbone, inputs: Inputs, accelerator: Ac
         | {
             "seed": run.recipe.seed,
             "device": str(accelerator.device),
-            "precision": accelerator.mixed_precision,
+            "precision": run.recipe.precision,
             "num_processes": accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "preprocessing": {

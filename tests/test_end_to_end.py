@@ -33,8 +33,8 @@ REPORT_KEYS = {
     "candidates", "training", "backbone", "data", "recipe", "throughput", "files", "timings", "require_gain",
 }  # fmt: skip
 TOP = [
-    "backbone", "checkpoints", "head.safetensors", "manifest.json", "metrics.jsonl", "recipe.yaml", "report.json",
-    "report.md", "status.json",
+    "backbone", "bad_images.jsonl", "checkpoints", "head.safetensors", "manifest.json", "metrics.jsonl", "recipe.yaml",
+    "report.json", "report.md", "status.json",
 ]  # fmt: skip
 LABEL_FREE_METRICS = {"rankme", "d_eff", "r_eff", "view_retrieval_top1", "neighbour_overlap", "selection_score"}
 LABEL_METRICS = {"knn_top1", "linear_top1", "retrieval_map"}

@@ -223,7 +223,12 @@ def test_damaged_list_of_bad_images_is_an_error(tmp_path: Path) -> None:
 
 
 def test_list_of_bad_images_that_cannot_be_written(tmp_path: Path) -> None:
-    bad = BadImages(tmp_path / "gone" / "bad.jsonl", 100, "1%")
+    with pytest.raises(MachineError, match="cannot be written"):
+        BadImages(tmp_path / "gone" / "bad.jsonl", 100, "1%")
+    bad = BadImages(tmp_path / "bad.jsonl", 100, "1%")
+    assert (tmp_path / "bad.jsonl").read_text() == ""  # no image was bad so far
+    (tmp_path / "bad.jsonl").unlink()
+    (tmp_path / "bad.jsonl").mkdir()
     with pytest.raises(MachineError, match="cannot be written"):
         bad.add("a.jpg", "truncated")
 

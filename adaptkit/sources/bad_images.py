@@ -31,6 +31,7 @@ class BadImages:
         if file is not None:
             for path, reason in _load(file):
                 self._note(path, reason)
+            _append(file, "")  # an empty list is there too: it says that no image was bad
         self._check()
 
     def add(self, path: str, reason: str) -> None:
@@ -39,7 +40,8 @@ class BadImages:
             return
         self._note(path, reason)
         if self._file is not None:
-            _append(self._file, {"path": path, "reason": reason})
+            # ASCII: a name that is not UTF-8 becomes an escaped surrogate and reads back
+            _append(self._file, json.dumps({"path": path, "reason": reason}) + "\n")
         self._check()
 
     def add_all(self, failures: Iterable[tuple[str, str]]) -> None:
@@ -84,10 +86,9 @@ def _load(file: Path) -> list[tuple[str, str]]:
         raise DataError(f"{shown(file)}: damaged; delete it, bad images will be found again") from None
 
 
-def _append(file: Path, entry: dict[str, str]) -> None:
-    line = json.dumps(entry) + "\n"  # ASCII: a name that is not UTF-8 becomes an escaped surrogate and reads back
+def _append(file: Path, text: str) -> None:
     try:
         with file.open("a", encoding="ascii") as lines:
-            lines.write(line)
+            lines.write(text)
     except OSError as error:
         raise MachineError(f"{shown(file)}: cannot be written ({error.strerror})") from error

@@ -65,23 +65,19 @@ def redraw_head_(student: Branch, teacher: Branch, optimizer: torch.optim.Optimi
         optimizer.state.pop(parameter, None)
 
 
-BALANCE_RATE = 1.0
-
-
 @torch.no_grad()
 def balance_head_(student: Branch, teacher: Branch, teacher_logits: Tensor, medians: Tensor, fresh: bool) -> Tensor:
     """Move the last bias against the bits' `medians` (B,), so that each bit stays half 0 and half 1.
 
     A fresh head sees the embeddings' common offset as the same sign in almost all images: its bits are nearly
-    constant and carry little, so both heads are shifted at once. Later only the teacher's bias follows, slowly,
-    as DINO's centre does: a bit that nobody can predict yet would otherwise drift to its majority value and stay
-    there. The code remains the sign of the teacher's logits. Returns the shifted teacher logits.
+    constant and carry little, so both heads are shifted. Later only the teacher's bias follows the batch, and the
+    student has to learn it: a bit that nobody can predict yet would otherwise drift to its majority value and
+    stay there. The code remains the sign of the teacher's logits. Returns the shifted teacher logits.
     """
-    shift = medians if fresh else BALANCE_RATE * medians
-    last_bias(teacher.head).sub_(shift)
+    last_bias(teacher.head).sub_(medians)
     if fresh:
-        last_bias(student.head).sub_(shift)
-    return teacher_logits - shift
+        last_bias(student.head).sub_(medians)
+    return teacher_logits - medians
 
 
 @torch.no_grad()

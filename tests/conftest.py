@@ -23,6 +23,17 @@ def draw_image(label: int, index: int, px: int = 48) -> Image.Image:
     return Image.fromarray((np.clip(stripes[..., None] * colour + noise, 0, 1) * 255).astype(np.uint8))
 
 
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth colours, fine texture, and some saturated and some grey pixels."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / rng.uniform(2, 9) + y / rng.uniform(2, 9) + rng.uniform(0, 6)) for _ in range(3)]
+    pixels = 128 + 110 * np.stack(waves, -1) + rng.normal(0, 15, (height, width, 3))
+    pixels[:4, :4] = 77
+    pixels[:4, -4:] = (255, 0, 255)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 def write_folder(root: Path, classes: int, per_class: int, px: int = 48, start: int = 0) -> Path:
     """`root/class_k/i.jpg`, `per_class` images for each of `classes` classes."""
     for label in range(classes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import picture
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms.v2 import functional as F
@@ -18,17 +18,6 @@ from adaptkit.views.photometric import BLUR_RADIUS, HUE, NEUTRAL, NUM_FACTORS, O
 ALL_PARTS = frozenset({"jitter", "hue", "grey", "blur", "solarize"})
 MEAN_LEVELS, MAX_LEVELS = 0.05, 0.5  # grey levels of 255
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)  # by column
-
-
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours, fine texture, and some saturated and some grey pixels."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    waves = [np.sin(x / rng.uniform(2, 9) + y / rng.uniform(2, 9) + rng.uniform(0, 6)) for _ in range(3)]
-    pixels = 128 + 110 * np.stack(waves, -1) + rng.normal(0, 15, (height, width, 3))
-    pixels[:4, :4] = 77
-    pixels[:4, -4:] = (255, 0, 255)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def uint8_batch(num_views: int, px: int = 24) -> Tensor:

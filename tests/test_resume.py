@@ -111,24 +111,19 @@ def test_a_kill_between_checkpoints_repeats_steps_but_no_lines(
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+def adapt_words(vit: Path, images: Path, run: Path, settings: dict[str, Any]) -> list[str]:
+    """The command line of a run in a process of its own."""
+    where = ["--backbone", vit, "--data", images, "--output", run]
+    return [sys.executable, "-m", "adaptkit", "adapt", *map(str, where), *map(str, flags(settings)), "--quiet"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [2, 5])
 def test_sigkill_of_the_process_and_resume_by_command(
     lines: int, undisturbed: Path, vit: Path, images: Path, tmp_path: Path
 ) -> None:
     settings = {key.replace("__", "."): value for key, value in SETTINGS.items()}
-    arguments = [
-        "adapt",
-        "--backbone",
-        vit,
-        "--data",
-        images,
-        "--output",
-        tmp_path / "run",
-        *flags(settings),
-        "--quiet",
-    ]
-    words = [sys.executable, "-m", "adaptkit", *map(str, arguments)]
+    words = adapt_words(vit, images, tmp_path / "run", settings)
     process = subprocess.Popen(words, env=environment())
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -148,18 +143,7 @@ def test_sigkill_of_the_process_and_resume_by_command(
 def test_a_signal_to_all_processes_does_not_take_the_workers_away(vit: Path, images: Path, tmp_path: Path) -> None:
     """A scheduler signals every process of a job; the step that is under way still needs its batch."""
     settings = {"workers": 1, "steps": 400, "probe.every": "100%", "checkpoint_every": "100%", "log_every": 1}
-    arguments = [
-        "adapt",
-        "--backbone",
-        vit,
-        "--data",
-        images,
-        "--output",
-        tmp_path / "run",
-        *flags(settings),
-        "--quiet",
-    ]
-    words = [sys.executable, "-m", "adaptkit", *map(str, arguments)]
+    words = adapt_words(vit, images, tmp_path / "run", settings)
     process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60

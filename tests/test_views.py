@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import stats
@@ -16,17 +17,6 @@ from adaptkit.recipe import ViewSettings
 from adaptkit.views import MultiCrop, Views, multicrop
 from adaptkit.views.multicrop import draw_box, draw_factors
 from adaptkit.views.photometric import NEUTRAL, NUM_FACTORS, ORDERS, SIGMA, SOLARIZE
-
-
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours, fine texture, and some saturated and some grey pixels."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    waves = [np.sin(x / rng.uniform(2, 9) + y / rng.uniform(2, 9) + rng.uniform(0, 6)) for _ in range(3)]
-    pixels = 128 + 110 * np.stack(waves, -1) + rng.normal(0, 15, (height, width, 3))
-    pixels[:4, :4] = 77
-    pixels[:4, -4:] = (255, 0, 255)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from adaptkit.backbones import load_backbone as load_backbone
     from adaptkit.embedding import embed as embed
     from adaptkit.evaluate import probe as probe
+    from adaptkit.preflight import check as check
     from adaptkit.recipe import Recipe as Recipe
     from adaptkit.recipe import load_recipe as load_recipe
     from adaptkit.train import AdaptResult as AdaptResult
     from adaptkit.train import adapt as adapt
+    from adaptkit.train import resume as resume
 
 __version__ = "0.1.0"
 
 PUBLIC = {  # public name: the module that defines it
     "adapt": "adaptkit.train",
+    "check": "adaptkit.preflight",
+    "resume": "adaptkit.train",
     "AdaptResult": "adaptkit.train",
     "probe": "adaptkit.evaluate",
     "embed": "adaptkit.embedding",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) 
                 save_file(on_cpu, part, metadata={"adaptkit": json.dumps(state)})
         except SafetensorError as error:  # wraps the OSError of a full disk
             number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -31,6 +31,10 @@ class BackboneError(AdaptkitError):
     exit_code = 4
 
 
+class NotFinite(BackboneError):
+    """Embeddings that contain NaN or infinity."""
+
+
 class GainNotMet(AdaptkitError):
     """`--require-gain` was asked for and not reached. The run itself is complete."""
 

@@ -15,7 +15,7 @@ from adaptkit.errors import DataError, UsageError, did_you_mean
 from adaptkit.probes import PROBES
 from adaptkit.probes.measure import Measurement, compare, measure_labelled
 from adaptkit.report.document import deltas_to_json, scores_to_json
-from adaptkit.sources import ImageSource, has_class_folders, open_folder, open_labelled
+from adaptkit.sources import ImageSource, Scale, has_class_folders, open_folder, open_labelled
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def probe(
     precision: str = "fp32",
     batch_size: int = 128,
     workers: int | None = None,
+    scale: Scale = "range",
 ) -> ProbeResult:
     """Evaluate a backbone on labelled images, with 95 % intervals; of two, the second is compared with the first.
 
@@ -54,7 +55,7 @@ def probe(
         )
         for n in names
     ]
-    gallery, asked = _open_probe_data(data, queries, seed, chosen if metrics else None)
+    gallery, asked = _open_probe_data(data, queries, seed, scale, chosen if metrics else None)
     labelled = asked.class_names is not None
     chosen = chosen if labelled else ["rank"]
     embedder = Embedder(
@@ -92,7 +93,7 @@ def _probe_names(metrics: Sequence[str] | None) -> list[str]:
 
 
 def _open_probe_data(
-    data: str | Path, queries: str | Path | None, seed: int, asked_for: Sequence[str] | None
+    data: str | Path, queries: str | Path | None, seed: int, scale: Scale, asked_for: Sequence[str] | None
 ) -> tuple[ImageSource, ImageSource]:
     """Gallery and queries. A folder without labels is both, if no probe that needs labels was asked for."""
     needs_labels = asked_for is None or any(name != "rank" for name in asked_for)
@@ -101,9 +102,9 @@ def _open_probe_data(
             raise DataError(
                 f"{data}: no class folders, so there are no labels for {', '.join(asked_for)}; try --metric rank"
             )
-        images = open_folder(data)
+        images = open_folder(data, scale)
         return images, images
-    labelled = open_labelled(data, queries, seed)
+    labelled = open_labelled(data, queries, seed, scale)
     return labelled.gallery, labelled.queries
 
 

@@ -1,12 +1,14 @@
-"""What a user takes away: the backbone as timm loads it, and the channel's head; reloaded and compared."""
+"""What a user takes away: the backbone as timm or its own class loads it, and the head; reloaded and compared."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from adaptkit.backbones import Backbone, load_backbone, save_backbone
@@ -27,8 +29,7 @@ def export_backbone(backbone: Backbone, folder: Path, images: FolderSource, embe
     spread = np.linspace(0, len(images) - 1, min(NUM_COMPARED, len(images)))  # one bad folder must not be all of it
     sample = images.subset(spread.astype(np.int64))
     ours = embedder(backbone, sample).vectors
-    reloaded = load_backbone(str(folder))
-    reloaded.module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    reloaded = _reloaded(backbone, folder)
     reloaded.module.to(next(backbone.module.parameters()).device)
     theirs = embedder(reloaded, sample).vectors
     difference = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12))
@@ -37,8 +38,21 @@ def export_backbone(backbone: Backbone, folder: Path, images: FolderSource, embe
     return difference
 
 
-def export_head(head: nn.Module, file: Path, embed_dim: int) -> None:
-    """Write the projection head: embeddings -> logits; the sign of a logit is its bit."""
+def _reloaded(backbone: Backbone, folder: Path) -> Backbone:
+    """What a user gets from the folder: by timm, or for a class of their own by its `load_state_dict`."""
+    if not backbone.architecture:
+        twin = backbone.clone()
+        twin.module.load_state_dict(load_file(folder / "model.safetensors"))
+        return twin
+    reloaded = load_backbone(str(folder))
+    reloaded.module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    return reloaded
+
+
+def export_head(head: nn.Module, file: Path, embed_dim: int, objective: str) -> None:
+    """Write the projection head: embeddings -> outputs, for the objective `bits` logits whose sign is the bit."""
     tensors = {name: tensor.to(torch.float32) for name, tensor in head.state_dict().items()}
-    num_bits = [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
-    save_tensors(file, tensors, {"embed_dim": embed_dim, "num_bits": num_bits})
+    facts: dict[str, Any] = {"objective": objective, "embed_dim": embed_dim}
+    if objective == "bits":
+        facts["num_bits"] = [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
+    save_tensors(file, tensors, facts)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adaptkit.errors import DataError, UsageError
 from adaptkit.recipe import Recipe
+from adaptkit.settings import DataSettings
 from adaptkit.sources import (
     FolderSource,
-    ImageSource,
     fingerprint,
     halve,
-    open_folder,
+    load_index,
+    open_images,
     open_labelled,
     same_content,
     split,
@@ -25,9 +27,9 @@ from adaptkit.sources import (
 class Scored:
     """Labelled images: the gallery, and the queries halved into those that choose and those that report."""
 
-    gallery: ImageSource
-    selection: ImageSource
-    report: ImageSource
+    gallery: FolderSource
+    selection: FolderSource
+    report: FolderSource
     facts: dict[str, Any]
 
 
@@ -43,17 +45,23 @@ class Inputs:
     facts: dict[str, Any]
 
 
-def open_inputs(recipe: Recipe) -> Inputs:
-    """Scan, split, and take labelled images out of training. Raises `DataError`, `UsageError`."""
-    if recipe.data is None:
+def open_inputs(recipe: Recipe, index: Path | None = None) -> Inputs:
+    """Scan, split, and take labelled images out of training. Raises `DataError`, `UsageError`.
+
+    `index` is where a run keeps the list of its images: read instead of scanning again, while it is true.
+    """
+    if not recipe.data.path:
         raise UsageError("no images: give --data FOLDER")
-    target = open_folder(recipe.data)
-    parts = split(target, recipe.sources.split_by)
+    target = _open_target(recipe.data, index)
+    try:
+        parts = split(target, recipe.data.split_by)
+    except DataError as error:
+        raise DataError(f"{recipe.data.shown}: {error}") from None
     scored, held_out = _open_labels(recipe)
     left_out = same_content(target, held_out) if held_out else np.empty(0, dtype=np.int64)
     train = np.setdiff1d(parts.train, left_out)
     facts = {
-        "path": recipe.data,
+        "path": recipe.data.shown,
         "num_images": len(target),
         "train": len(train),
         "selection": len(parts.selection),
@@ -63,7 +71,10 @@ def open_inputs(recipe: Recipe) -> Inputs:
         "labels": scored.facts if scored else None,
     }
     if len(train) < 2:
-        raise DataError(f"{recipe.data}: every image is also under --labels, so none is left to train on")
+        raise DataError(
+            f"{recipe.data.shown}: every image is also under --labels, so none is left to train on; "
+            "give others in one of them"
+        )
     return Inputs(
         everything=target,
         train=target.subset(train),
@@ -74,6 +85,11 @@ def open_inputs(recipe: Recipe) -> Inputs:
     )
 
 
+def _open_target(settings: DataSettings, index: Path | None) -> FolderSource:
+    known = load_index(index, settings.path, settings.scale) if index else None
+    return open_images(settings.path, settings.scale) if known is None else known
+
+
 def _open_labels(recipe: Recipe) -> tuple[Scored | None, list[FolderSource]]:
     """The labelled images, and those of them that must not be trained on.
 
@@ -81,10 +97,8 @@ def _open_labels(recipe: Recipe) -> tuple[Scored | None, list[FolderSource]]:
     out of training, the train part (gallery, never scored) is not. Without, all labelled images are left out.
     """
     if recipe.labels is None:
-        if recipe.select.by == "labels":
-            raise UsageError("--select labels needs --labels FOLDER")
         return None, []
-    labelled = open_labelled(recipe.labels)
+    labelled = open_labelled(recipe.labels, scale=recipe.data.scale)
     gallery = labelled.gallery.subset(_thin(len(labelled.gallery), recipe.probe.max_gallery))
     queries = labelled.queries.subset(_thin(len(labelled.queries), recipe.probe.max_queries))
     selection, report = halve(queries, "queries")
@@ -112,7 +126,8 @@ def fit_batch_size(recipe: Recipe, num_images: int, num_processes: int) -> int:
     size = recipe.batch_size
     if explicit and size > num_images:
         raise DataError(
-            f"{recipe.data}: {num_images} training images, but batch_size is {size}; try --batch-size {num_images}"
+            f"{recipe.data.shown}: {num_images} training images, but batch_size is {size}; "
+            f"try --batch-size {num_images}"
         )
     if explicit and size % num_processes:
         fitting = size // num_processes * num_processes
@@ -121,5 +136,5 @@ def fit_batch_size(recipe: Recipe, num_images: int, num_processes: int) -> int:
         size //= 2
     size = max(2, min(size, num_images)) // num_processes * num_processes
     if not size:
-        raise DataError(f"{recipe.data}: {num_images} training images are too few for {num_processes} processes")
+        raise DataError(f"{recipe.data.shown}: {num_images} training images are too few for {num_processes} processes")
     return size

@@ -20,8 +20,9 @@ from adaptkit.inputs import Inputs
 from adaptkit.probes import Interval
 from adaptkit.probes.measure import Measurement, compare
 from adaptkit.report.document import SCHEMA, deltas_to_json, interval_to_json, scores_to_json, sentence
+from adaptkit.requirement import Requirement
 from adaptkit.run import Run
-from adaptkit.select import Candidate, Judge, Requirement, best, choose, verdict
+from adaptkit.select import Candidate, Judge, best, choose, verdict
 from adaptkit.session import Session
 from adaptkit.sources import FolderSource
 from adaptkit.supervise import Supervisor
@@ -120,7 +121,8 @@ def compose_report(
     """`report.json` as a dict; the keys are the contract of `adaptkit.report/1`."""
     original, load, state = s.backbone, s.backbone.load_report, s.state
     chosen, has_labels = outcome.selected, inputs.scored is not None
-    required = requirement.judge(outcome.deltas.get(requirement.metric)) if requirement else None
+    asked = outcome.deltas.get(requirement.metric) if requirement else None
+    required = requirement.judge(asked.lo if asked else None) if requirement else None
     delta = outcome.guard_delta if outcome.guard_fired else outcome.deltas.get(judge.primary)
     message = sentence(outcome.verdict, judge.primary, delta, outcome.guard_fired, outcome.collapse, has_labels)
     if required and not required["met"]:

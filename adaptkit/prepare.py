@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from adaptkit.backbones import Backbone, load_backbone
-from adaptkit.errors import DataError, UsageError
+from adaptkit.backbones import MODULE, Backbone, load_backbone
+from adaptkit.errors import BackboneError, DataError, UsageError
 from adaptkit.inputs import Inputs, fit_batch_size
 from adaptkit.recipe import Recipe
 from adaptkit.run import Run, environment
@@ -18,40 +18,48 @@ from adaptkit.schedules import Plan
 from adaptkit.session import Reporter
 
 
-def load_twice(recipe: Recipe) -> tuple[Backbone, Backbone]:
-    """The original, and the copy that becomes the student (the same weights, with stochastic depth if asked)."""
+def load_original(recipe: Recipe, given: nn.Module | Backbone | None = None, drop_path: float = 0.0) -> Backbone:
+    """The backbone a run begins with; with stochastic depth it can become the student.
+
+    `given` is what Python code began the run with, if it did not begin with a name.
+    """
     if recipe.backbone is None:
         raise UsageError("no backbone: give --backbone NAME")
-    options: dict[str, Any] = {
-        "weights": recipe.weights,
-        "pretrained": recipe.pretrained,
-        "readout": recipe.readout,
-        "image_px": recipe.image_px,
-        "allow_missing": recipe.allow_missing,
-        "seed": recipe.seed,
-    }
-    original = load_backbone(recipe.backbone, **options)
-    student = load_backbone(recipe.backbone, **options, drop_path=recipe.drop_path)
-    return original, student
+    if isinstance(given, Backbone):
+        return given.clone()
+    options: dict[str, Any] = {"readout": recipe.readout, "image_px": recipe.image_px, "drop_path": drop_path}
+    if given is not None:
+        return load_backbone(given, **options)
+    if recipe.backbone.startswith(MODULE):
+        raise BackboneError(
+            f"{recipe.backbone}: this run began with a torch module; resume it from Python: "
+            "adaptkit.resume(run, backbone=module)"
+        )
+    options |= {"weights": recipe.weights, "pretrained": recipe.pretrained, "allow_missing": recipe.allow_missing}
+    return load_backbone(recipe.backbone, **options, seed=recipe.seed)
 
 
 def resolve(run: Run, inputs: Inputs, accelerator: Accelerator, reporter: Reporter) -> tuple[Run, Plan]:
-    """Settle what depends on machine and images: precision, batch size, and with it the number of steps.
+    """`settle`, and write down the recipe that comes of it.
 
     Raises `DataError` when a run is resumed on other images than it began with.
     """
     _refuse_other_images(run, inputs)
-    recipe = run.recipe
+    recipe = settle(run.recipe, inputs, accelerator, reporter)
+    if accelerator.is_main_process:
+        run.replace_recipe(recipe)
+    return Run(run.path, recipe), Plan.make(recipe, len(inputs.train))
+
+
+def settle(recipe: Recipe, inputs: Inputs, accelerator: Accelerator, reporter: Reporter) -> Recipe:
+    """The recipe with what depends on machine and images: precision, batch size, and with it the number of steps."""
     batch_size = fit_batch_size(recipe, len(inputs.train), accelerator.num_processes)
     if batch_size != recipe.batch_size:
         reporter.note(f"batch size {batch_size} instead of {recipe.batch_size}: {len(inputs.train)} training images")
     if not recipe.pretrained:
         recipe = without_protection(recipe)
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    recipe = recipe.model_copy(update={"batch_size": batch_size, "precision": precision})
-    if accelerator.is_main_process:
-        run.replace_recipe(recipe)
-    return Run(run.path, recipe), Plan.make(recipe, len(inputs.train))
+    return recipe.model_copy(update={"batch_size": batch_size, "precision": precision})
 
 
 def without_protection(recipe: Recipe) -> Recipe:
@@ -67,12 +75,11 @@ def without_protection(recipe: Recipe) -> Recipe:
 
 def _refuse_other_images(run: Run, inputs: Inputs) -> None:
     """Other images mean other splits: some that were trained on would then choose and report."""
-    manifest, last = run.path / "manifest.json", run.path / "checkpoints" / "last.safetensors"
-    if not manifest.is_file() or not last.is_file():
+    known = run.read_json("manifest.json")
+    if known is None or not (run.path / "checkpoints" / "last.safetensors").is_file():
         return  # nothing was learnt yet
-    known = json.loads(manifest.read_text(encoding="utf-8"))
     for key, path, found in (
-        ("data_fingerprint", run.recipe.data, inputs.facts["fingerprint"]),
+        ("data_fingerprint", run.recipe.data.shown, inputs.facts["fingerprint"]),
         ("labels_fingerprint", run.recipe.labels, labels_fingerprint(inputs)),
     ):
         if known.get(key) != found:

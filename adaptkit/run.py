@@ -24,12 +24,14 @@ from adaptkit.errors import DeviceMemoryError, MachineError, UsageError
 from adaptkit.recipe import Recipe, dump_recipe, load_recipe
 
 DISTRIBUTIONS = ("adaptkit", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors", "pillow")
+INDEX = "images.index"  # what a scan of the target found
 OURS = (
     "recipe.yaml",
     "status.json",
     "manifest.json",
     "metrics.jsonl",
     "bad_images.jsonl",
+    INDEX,
     "checkpoints",
     "backbone",
     "head.safetensors",
@@ -60,10 +62,8 @@ class Run:
         if _rank() > 0:
             return cls(path, recipe)
         with machine_errors(path):
-            if path.exists() and not path.is_dir():
-                raise UsageError(f"{path}: is a file; give --output a folder")
-            if path.is_dir() and any(path.iterdir()):
-                _clear(path, overwrite)
+            if check_output(path, overwrite):
+                _clear(path)
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "recipe.yaml", _as_asked(recipe))
         run = cls(path, recipe)
@@ -99,6 +99,19 @@ class Run:
     def write_json(self, name: str, document: Mapping[str, Any]) -> None:
         """Write a JSON file of the run, whole or not at all."""
         self.write(name, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run; None when it is not there. Raises `UsageError` when it is damaged."""
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            document = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise UsageError(f"{file}: damaged; restore it, or run again with `adaptkit adapt --overwrite`")
+        return document
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`. Numbers that are not finite become null: JSON knows none."""
@@ -148,6 +161,8 @@ def machine_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{path.name[:40]}...: the name is too long for this disk; choose another") from None
         if error.errno not in MACHINE_ERRNOS:
             raise
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --output"
@@ -184,7 +199,7 @@ def _as_asked(recipe: Recipe) -> str:
 
 
 def _fresh_name(recipe: Recipe) -> Path:
-    words = [Path(recipe.data or "run").name, Path(recipe.backbone or "backbone").name]
+    words = [Path(recipe.data.path[0] if recipe.data.path else "run").name, Path(recipe.backbone or "backbone").name]
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("._") or "run" for word in words)
     path, number = Path(os.path.abspath("runs")) / name, 1
     while path.exists():
@@ -193,8 +208,14 @@ def _fresh_name(recipe: Recipe) -> Path:
     return path
 
 
-def _clear(path: Path, overwrite: bool) -> None:
-    if not overwrite:
+def check_output(path: Path, overwrite: bool) -> bool:
+    """Whether an earlier run lies there, to be replaced. Raises `UsageError` for anything else that is in the way."""
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{nearest}: is a file; give --output a folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        return False
+    if not overwrite and not _learnt_nothing(path):
         raise UsageError(
             f"{path}: not empty; add --overwrite to start again there, or go on with `adaptkit resume {path}`"
         )
@@ -202,6 +223,19 @@ def _clear(path: Path, overwrite: bool) -> None:
     if strangers or not all((path / name).is_file() for name in ("recipe.yaml", "status.json")):
         what = f"holds {strangers[0]}, which no run made" if strangers else "is not a run"
         raise UsageError(f"{path}: --overwrite replaces runs only, and this folder {what}; choose another --output")
+    return True
+
+
+def _learnt_nothing(path: Path) -> bool:
+    """Whether a start failed there before its first checkpoint: the corrected command may take its place."""
+    try:
+        state = json.loads((path / "status.json").read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return state == "failed" and not any((path / name).exists() for name in ("checkpoints", "backbone", "report.json"))
+
+
+def _clear(path: Path) -> None:
     for entry in path.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from adaptkit.recipe import DURATION, Recipe
+from adaptkit.recipe import Recipe
+from adaptkit.settings import DURATION
 
+MIN_REFIT_STEPS = 50
 DEFAULT_MOMENTUM_SPAN = 10  # momentum starts at 1 - span / total_steps: short runs need a teacher that moves
 
 
@@ -108,6 +110,11 @@ class Plan:
     def momentum(self, step: int) -> float:
         """EMA momentum of the teacher."""
         return ema_momentum(step, self.total_steps, self.recipe.teacher.momentum, self.recipe.teacher.final_momentum)
+
+    @property
+    def refit_steps(self) -> int:
+        """Steps that train a fresh head on the exported, frozen backbone, where the last teacher's does not fit it."""
+        return max(MIN_REFIT_STEPS, self.head_warmup)
 
     def is_reset(self, step: int) -> bool:
         """Whether the head is drawn anew before `step`."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
 
 from adaptkit.backbones import Backbone
 from adaptkit.embedding import Embedder, Embeddings
-from adaptkit.errors import UsageError, did_you_mean
 from adaptkit.inputs import Inputs
 from adaptkit.probes import Interval
 from adaptkit.probes.measure import (
@@ -26,10 +25,9 @@ from adaptkit.probes.measure import (
     measure_target,
 )
 from adaptkit.recipe import Recipe
+from adaptkit.requirement import LABEL_METRIC
 
-LABEL_METRICS = ("knn_top1", "linear_top1", "retrieval_map")
-TARGET_METRICS = ("rankme", "d_eff", "r_eff", "view_retrieval_top1", "neighbour_overlap", "selection_score")
-LABEL_METRIC, LABEL_FREE_METRIC = "knn_top1", "selection_score"
+LABEL_FREE_METRIC = "selection_score"
 NO_INTERVAL = (-math.inf, math.inf)
 FROM_SCRATCH_METRIC = "view_retrieval_top1"  # nothing of a random backbone is worth keeping
 
@@ -55,11 +53,6 @@ class Candidate:
         delta = state["delta"]
         bounds = delta["ci95"] or NO_INTERVAL
         return cls(state["step"], state["alpha"], state["value"], Interval(delta["value"], *bounds))
-
-
-def metrics_of(recipe: Recipe) -> list[str]:
-    """The metrics that the report of a run will have."""
-    return ([] if recipe.labels is None else [*LABEL_METRICS]) + [*TARGET_METRICS]
 
 
 class Judge:
@@ -137,32 +130,3 @@ def verdict(selected: Candidate | None, delta: Interval | None, collapsed: bool)
     if delta is not None and delta.hi < 0:
         return "kept_original", True
     return ("improved" if delta is not None and delta.lo > 0 else "unchanged"), False
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """`--require-gain METRIC>=POINTS`: the lower end of the metric's interval must reach the points."""
-
-    metric: str
-    points: float
-
-    @classmethod
-    def parse(cls, text: str, known: Sequence[str]) -> Requirement:
-        """Raises `UsageError` when the text has another form or names a metric this run does not measure."""
-        metric, sign, points = (part.strip() for part in text.partition(">="))
-        try:
-            requirement = cls(metric, float(points))
-        except ValueError:
-            sign = ""
-        if not sign or not math.isfinite(requirement.points):
-            raise UsageError(f"--require-gain {text}: write METRIC>=POINTS, as in 'knn_top1>=0.5'")
-        if metric not in known:
-            labels = "" if LABEL_METRIC in known else "; metrics of labels need --labels"
-            hint = did_you_mean(metric, list(known))
-            raise UsageError(f"--require-gain {metric}: this run measures {', '.join(known)}{labels}{hint}")
-        return requirement
-
-    def judge(self, delta: Interval | None) -> dict[str, Any]:
-        """What the report says of it."""
-        lower = delta.lo if delta else None
-        return asdict(self) | {"lower": lower, "met": lower is not None and lower >= self.points}

@@ -111,6 +111,7 @@ class Session:
         if self.accelerator.is_main_process:
             tensors = pack_training(self.student, self.teacher, self.optimizer)
             tensors |= {f"meter.{name}": value for name, value in self.meter.sums.items()}
+            tensors |= {f"objective.{name}": value for name, value in self.objective.state.items()}
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None  # fp16 only
             state = {"train": asdict(self.state), "window_steps": self.meter.num_steps, "scaler": scaler}
             save_tensors(file, tensors, state)
@@ -128,6 +129,7 @@ class Session:
         device = self.accelerator.device
         self.meter.sums = {name: value.to(device) for name, value in with_prefix(tensors, "meter.").items()}
         self.meter.num_steps = state["window_steps"]
+        self.objective.state = {name: value.to(device) for name, value in with_prefix(tensors, "objective.").items()}
 
 
 def open_session(
@@ -141,7 +143,7 @@ def open_session(
 ) -> Session:
     """Build student and teacher from the original under one seed, so that all processes hold the same networks."""
     recipe = plan.recipe
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective, plan)
     side = local_px(original, recipe.views.local_ratio)
     check_views(original, side, recipe.views.num_local)
     pair = build_pair(student.module, original.clone().module, original.embed_dim, objective, recipe.seed)
@@ -177,6 +179,8 @@ def check_views(backbone: Backbone, side: int, num_local: int) -> None:
     training, device = backbone.module.training, next(backbone.module.parameters()).device
     try:
         backbone.module.eval()(torch.zeros(1, 3, side, side, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         advice = "use --set views.local_ratio=1, or --set views.num_local=0"
@@ -194,7 +198,8 @@ def plain_attention_(network: nn.Module) -> None:
 
 def local_px(backbone: Backbone, ratio: float) -> int:
     """Side of a local crop: the ratio of the global side, rounded up to whole patches (96 px for 224 and patch 16)."""
-    patch = getattr(getattr(backbone.module, "patch_embed", None), "patch_size", (8, 8))[0]
+    patch = getattr(getattr(backbone.module, "patch_embed", None), "patch_size", 8)
+    patch = max(patch) if isinstance(patch, tuple | list) else patch
     return min(backbone.image_px, patch * -(-round(backbone.image_px * ratio) // patch))
 
 

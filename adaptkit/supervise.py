@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptkit.backbones import Backbone
 from adaptkit.checkpoints import load_tensors, save_tensors, with_prefix
+from adaptkit.errors import NotFinite
 from adaptkit.run import Run
 from adaptkit.select import Candidate, Judge, choose
 from adaptkit.session import Reporter, Session
@@ -36,7 +37,10 @@ class Supervisor:
         if plan.is_probe(step) and self._may_take_candidate(step):
             if not self._is_finite():  # between two lines of the log; a probe of NaN says nothing
                 return "the weights are not finite"
-            self._take_candidate(step)
+            try:
+                self._take_candidate(step)
+            except NotFinite:  # finite weights may be too large for what the backbone computes with them
+                return "the teacher's embeddings are not finite"
         stopping = self._must_stop(log_due)
         if stopping or plan.is_checkpoint(step):
             self.save()
@@ -80,7 +84,7 @@ class Supervisor:
         if s.accelerator.is_main_process:
             self.run.log({"step": step, "kind": "train"} | record)
             self.reporter.training(step, s.plan.total_steps, record)
-        return s.state.channel.update(record, s.recipe.objective.num_bits, resting=self._is_resting(step))
+        return s.state.channel.update(record, s.objective.health(record), resting=self._is_resting(step))
 
     def _is_resting(self, step: int) -> bool:
         return step < self.session.state.last_draw + REST * self.session.plan.head_warmup

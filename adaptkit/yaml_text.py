@@ -21,8 +21,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise UsageError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; this is not a recipe")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as a recipe ({error})") from None
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{path}: cannot be read as a recipe, which is a YAML file; check the path") from None
     tree = parse_yaml(text, str(path))
     if tree in (None, ""):
         return {}
@@ -55,5 +55,11 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_TextLoader)  # a BaseLoader: builds only str, list, dict
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{where}: not valid YAML ({reason})") from None
+        raise UsageError(f"{where}: not valid YAML ({_reason(error)}); mend it") from None
+
+
+def _reason(error: Exception) -> str:
+    """`line 3: ...`: what PyYAML says in four lines with drawings."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    text = " ".join(str(problem or error).split())[:160]
+    return f"line {mark.line + 1}: {text}" if mark else text

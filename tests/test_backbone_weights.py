@@ -10,10 +10,9 @@ import pytest
 import timm
 import torch
 from backbone_files import edit, embeddings, random_
-from safetensors.torch import load_file
 
 from adaptkit.backbones import load_backbone, save_backbone
-from adaptkit.backbones.checkpoints import read_weights, strip_prefixes
+from adaptkit.backbones.reading import read_weights
 from adaptkit.errors import BackboneError
 
 
@@ -110,29 +109,6 @@ def test_float16_files_run_in_float32(folder: Path, tmp_path: Path) -> None:
 
 
 # --- weights files
-
-
-def test_weights_file_layouts(folder: Path, tmp_path: Path) -> None:
-    reference = embeddings(load_backbone(str(folder)).module, 64)
-    state = load_file(folder / "model.safetensors")
-    student = {f"module.backbone.{k}": torch.zeros_like(v) for k, v in state.items()}
-    teacher = {f"backbone.{k}": v for k, v in state.items()} | {"head.mlp.0.weight": torch.ones(4, 4)}
-    layouts: dict[str, Any] = {
-        "plain": state,
-        "dino": {"student": student, "teacher": teacher, "epoch": 3},
-        "lightning": {"state_dict": {f"teacher.backbone.{k}": v for k, v in state.items()} | student},
-        "ddp": {f"module.{k}": v for k, v in state.items()},
-    }
-    for name, content in layouts.items():
-        torch.save(content, tmp_path / f"{name}.pth")
-        backbone = load_backbone("test_vit", weights=str(tmp_path / f"{name}.pth"), image_px=64)
-        assert torch.equal(embeddings(backbone.module, 64), reference), name
-
-
-def test_prefixes_nest() -> None:
-    one = torch.ones(1)
-    assert set(strip_prefixes({"module.teacher.backbone.a": one, "module.student.backbone.b": one})) == {"a"}
-    assert set(strip_prefixes({"a": one})) == {"a"}
 
 
 class Bomb:

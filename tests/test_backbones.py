@@ -16,8 +16,9 @@ import torch
 from backbone_files import embeddings, pixels, random_
 from conftest import draw_image
 from safetensors.torch import load_file, save_file
+from timm.models import get_pretrained_cfg
 
-from adaptkit.backbones import ALIASES, backbone_names, hub, load_backbone, names, save_backbone
+from adaptkit.backbones import ALIASES, backbone_names, backbone_rows, hub, load_backbone, names, save_backbone
 from adaptkit.errors import BackboneError, MachineError
 
 
@@ -89,7 +90,7 @@ def test_a_failed_export_leaves_no_half_files(folder: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("adaptkit.backbones.save.save_file", full)
-    with pytest.raises(MachineError, match="No space left"):
+    with pytest.raises(MachineError, match="out: No space left on device; free some space"):
         save_backbone(load_backbone(str(folder)), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -129,13 +130,94 @@ def test_pooling_stated_beside_the_arguments_is_honoured(tmp_path: Path) -> None
 # --- names
 
 
-def test_aliases_are_timm_names_with_weights() -> None:
-    assert set(ALIASES.values()) <= set(timm.list_pretrained())
-    assert {"dino_vits16", "dino_vitb8", "dinov2_vits14", "dinov2_vitg14_reg", "dinov3_vitb16"} <= set(ALIASES)
-    assert backbone_names()[0] == "nano"
+def test_aliases_are_timm_names_with_weights_on_the_hub() -> None:
+    assert {alias.timm_name for alias in ALIASES.values()} <= set(timm.list_pretrained())
+    assert all(get_pretrained_cfg(alias.timm_name).hf_hub_id for alias in ALIASES.values())
     backbone = load_backbone("dino_vits16", pretrained=False)
     assert (backbone.architecture, backbone.embed_dim, backbone.readout) == ("vit_small_patch16_224", 384, "cls")
     assert backbone.name == "dino_vits16"
+
+
+VIT_DIMS = {"vits": 384, "vitb": 768, "vitl": 1024, "vith": 1280}
+HUB_FACTS: dict[str, tuple[int, int | None, int]] = {  # torch.hub name: embed_dim, patch px, tokens before the patches
+    **{f"dino_{size}{patch}": (VIT_DIMS[size], patch, 1) for size in ("vits", "vitb") for patch in (16, 8)},
+    **{f"dinov2_{size}14": (VIT_DIMS[size], 14, 1) for size in ("vits", "vitb", "vitl")},
+    **{f"dinov2_{size}14_reg": (VIT_DIMS[size], 14, 5) for size in ("vits", "vitb", "vitl")},
+    "dinov2_vitg14": (1536, 14, 1),
+    "dinov2_vitg14_reg": (1536, 14, 5),
+    **{f"dinov3_{size}16": (VIT_DIMS[size], 16, 5) for size in ("vits", "vitb", "vitl")},
+    **{f"dinov3_{size}16plus": (VIT_DIMS[size], 16, 5) for size in ("vits", "vith")},
+    "dinov3_vit7b16": (4096, 16, 5),
+    "dinov3_convnext_tiny": (768, None, 0),
+    "dinov3_convnext_small": (768, None, 0),
+    "dinov3_convnext_base": (1024, None, 0),
+    "dinov3_convnext_large": (1536, None, 0),
+}
+
+
+def test_aliases_are_the_networks_of_their_hub_names() -> None:
+    assert set(HUB_FACTS) == set(ALIASES)
+    for name, (dim, patch, prefix_tokens) in HUB_FACTS.items():
+        origin = names.find(name)
+        shallow = {} if patch is None else {"depth": 1}
+        with torch.device("meta"):
+            module = timm.create_model(origin.architecture, num_classes=0, **origin.model_args, **shallow)
+        assert module.num_features == dim, name
+        if patch is None:
+            assert isinstance(module.head.norm, torch.nn.Module), name
+            continue
+        assert module.patch_embed.patch_size == (patch, patch), name
+        assert module.num_prefix_tokens == prefix_tokens, name
+        assert module.global_pool == "token", name  # the hub's networks return the class token, after the norm
+        assert isinstance(module.fc_norm, torch.nn.Identity), name
+        assert not isinstance(module.norm, torch.nn.Identity), name
+
+
+def test_dinov3_aliases_read_the_class_token() -> None:
+    alias = load_backbone("dinov3_vits16", pretrained=False, image_px=32)
+    timms = load_backbone("vit_small_patch16_dinov3.lvd1689m", pretrained=False, image_px=32)
+    assert (alias.readout, timms.readout) == ("cls", "mean")
+    with torch.inference_mode():
+        tokens = timms.module.forward_features(pixels(32))
+    assert torch.equal(embeddings(alias.module, 32), tokens[:, 0])
+
+
+def test_dinov2_aliases_take_224_px_unless_told_otherwise() -> None:
+    assert load_backbone("dinov2_vits14", pretrained=False).image_px == 224
+    assert {row[2] for row in backbone_rows("dinov2_vit*")} == {224}
+    assert load_backbone("dinov2_vits14", pretrained=False, image_px=70).image_px == 70
+    assert names.find("dinov2_vits14").pretrained_cfg["input_size"][-1] == 518  # the grid of the weights
+
+
+def test_rows_name_everything_that_can_be_loaded() -> None:
+    start = time.monotonic()
+    rows = backbone_rows()
+    assert time.monotonic() - start < 1
+    by_name = {row[0]: row for row in rows}
+    assert rows[0] == ("nano", "vit_tiny_patch16_224", 64, "research use, see its model card")
+    assert [row[0] for row in rows[1 : 1 + len(ALIASES)]] == list(ALIASES)
+    assert by_name["dinov2_vits14"] == ("dinov2_vits14", "vit_small_patch14_dinov2.lvd142m", 224, "apache-2.0")
+    assert by_name["dinov3_vits16"][2:] == (256, "dinov3-license")
+    assert by_name["resnet50.a1_in1k"] == ("resnet50.a1_in1k", "resnet50.a1_in1k", 224, "apache-2.0")
+    assert "gcvit_tiny.in1k" not in by_name  # its weights are elsewhere
+    assert len(by_name) == len(rows) > 1000
+    assert backbone_names() == list(by_name)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("NANO", {"nano", "convnext_nano.in12k"}),
+        ("dinov2_*", {"dinov2_vitl14_reg"}),
+        ("small_patch14_dinov2", {"dinov2_vits14", "vit_small_patch14_dinov2.lvd142m"}),
+        ("vit_?mall_*.dino", {"vit_small_patch8_224.dino", "dino_vits8"}),
+    ],
+)
+def test_rows_are_found_by_glob_or_part(pattern: str, expected: set[str]) -> None:
+    found = {row[0] for row in backbone_rows(pattern)}
+    assert expected <= found
+    assert len(found) < 100
+    assert backbone_rows("no such network") == []
 
 
 @pytest.mark.parametrize(
@@ -146,6 +228,7 @@ def test_aliases_are_timm_names_with_weights() -> None:
         ("vit_small_patch16_224.dinoo", "did you mean 'vit_small_patch16_224.dino'"),
         ("no/such/folder", "no such folder; for a repository of the hub write hf-hub:"),
         ("local-dir:nowhere", r"no config\.json"),
+        ("resnet81", "see `adaptkit backbones`"),
         ("", "unknown backbone"),
         ("x" * 5000, "unknown backbone"),
         ("a\0b", "unknown backbone"),
@@ -171,20 +254,55 @@ def test_nano_is_a_packaged_folder(folder: Path, monkeypatch: pytest.MonkeyPatch
         load_backbone("nano")
 
 
-def test_no_network_is_a_quick_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and no name that resolves."""
+
     def refuse(*_: object, **__: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+NOT_TO_BE_HAD = [
+    "dino_vits16",
+    "dinov3_vith16plus",
+    "vit_so150m2_patch16_reg1_gap_256.sbb_e200_in12k_ft_in1k",
+    "hf-hub:some/thing",
+    f"hf-hub:{'organisation' * 5}/{'thing' * 10}@revision",
+]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("offline", [False, True], ids=["no network", "HF_HUB_OFFLINE=1"])
+def test_no_network_is_a_quick_one_line_error(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     start = time.monotonic()
-    for name in ("dino_vits16", "hf-hub:some/thing"):
-        with pytest.raises(BackboneError, match="--weights FILE, or name a local folder") as error:
+    for name in NOT_TO_BE_HAD:
+        with pytest.raises(BackboneError, match="give --weights FILE, or name a local folder") as error:
             load_backbone(name)
-        assert "\n" not in str(error.value)
+        message = str(error.value)
+        assert message.startswith(name[:40])
+        assert "is not cached" in message
+        assert "\n" not in message
+        assert len(message) <= 240
     assert time.monotonic() - start < 10
-    with pytest.raises(BackboneError, match="HFValidationError"):
-        load_backbone("hf-hub:not a/valid/name")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", ["hf-hub:not a/valid/name", f"hf-hub:{'x' * 5000}", "hf-hub:"])
+def test_names_the_hub_cannot_have_are_refused_shortly(name: str) -> None:
+    with pytest.raises(BackboneError, match="HFValidationError") as error:
+        load_backbone(name)
+    assert len(str(error.value)) <= 240
+
+
+def test_weights_that_are_elsewhere_are_named() -> None:
+    for name in ("gcvit_tiny", "gcvit_tiny.in1k", "legacy_senet154.in1k", "vit_giant_patch16_gap_224.in22k_ijepa"):
+        with pytest.raises(BackboneError, match=r"not on the hub; fetch https://.*, give --weights FILE") as error:
+            load_backbone(name)
+        assert len(str(error.value)) <= 240
 
 
 def test_hub_weights_come_from_the_cache_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from adaptkit.objectives import OBJECTIVES
 from adaptkit.objectives.bits import Bits, bit_counts, bit_cross_entropy, bit_measures
 from adaptkit.objectives.coding_rate import coding_rate, rate_weight
-from adaptkit.recipe import ObjectiveSettings
+from adaptkit.settings import ObjectiveSettings
 
 SHAPES = [(2, 2, 1, 2), (2, 2, 5, 3), (3, 2, 4, 7), (8, 2, 3, 16), (5, 3, 6, 4), (3, 3, 2, 8)]  # V, G, N, B
 

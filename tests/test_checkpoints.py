@@ -102,15 +102,21 @@ def test_a_session_gives_back_meter_and_state(tmp_path: Path) -> None:
 
     from adaptkit.meter import Meter
     from adaptkit.objectives import OBJECTIVES
-    from adaptkit.recipe import ObjectiveSettings
     from adaptkit.session import Session, TrainState
+    from adaptkit.settings import ObjectiveSettings
 
     def session(seed: int) -> Session:
         accelerator = Accelerator(cpu=True)
         meter = Meter(accelerator, OBJECTIVES["bits"](ObjectiveSettings()))
         student = network(seed)
         parts = dict.fromkeys(Session.__dataclass_fields__)
-        parts |= {"accelerator": accelerator, "student": student, "teacher": copy.deepcopy(student), "meter": meter}
+        parts |= {
+            "accelerator": accelerator,
+            "student": student,
+            "teacher": copy.deepcopy(student),
+            "meter": meter,
+            "objective": meter.objective,
+        }
         return Session(**parts | {"optimizer": adamw(student), "state": TrainState()})  # type: ignore[arg-type]
 
     first, second = session(0), session(1)

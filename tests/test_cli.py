@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from adaptkit import errors
 from adaptkit.cli import main
 from adaptkit.cli.command_adapt import adapt_command
+from adaptkit.cli.command_demo import demo_command
 from adaptkit.cli.command_probe import probe_command
 from adaptkit.cli.command_resume import resume_command
 from adaptkit.cli.console import RichReporter, clock
@@ -109,13 +110,16 @@ ADAPT = ("adapt", "--backbone", "nano", "--data", "images", "--output", "out")
 
 def test_commands_and_options_are_those_of_the_contract() -> None:
     expected = {
-        adapt_command: "backbone data output labels recipe set epochs steps batch-size lr workers select require-gain "
-        "max-bad weights no-pretrained allow-missing readout seed precision overwrite json quiet",
+        adapt_command: "backbone data output labels recipe set epochs steps budget batch-size lr workers select "
+        "require-gain max-bad weights no-pretrained allow-missing readout seed precision overwrite dry-run json quiet",
         probe_command: "backbone data queries metric weights no-pretrained allow-missing readout seed precision "
-        "batch-size workers json quiet",
+        "batch-size workers scale json quiet",
         resume_command: "json quiet",
+        demo_command: "output overwrite weights no-pretrained seed precision json quiet",
     }
-    assert set(main.commands) == {"adapt", "probe", "resume"}
+    assert set(main.commands) == {"adapt", "backbones", "check", "demo", "probe", "recipes", "report", "resume"}
+    for command in main.commands.values():
+        assert {"--json", "--quiet"} <= {name for o in command.params for name in o.opts}
     for command, names in expected.items():
         options = {name for o in command.params if isinstance(o, click.Option) for name in o.opts}
         assert options == {f"--{name}" for name in names.split()}
@@ -145,9 +149,9 @@ def test_flags_and_assignments_reach_the_recipe(invoke: Callable[..., Result], t
     assert result.exit_code == 0, result.output
     recipe = runs[0].recipe
     assert (recipe.optim.lr, recipe.steps, recipe.pretrained, recipe.allow_missing) == (1e-5, 7, False, ("a*", "b*"))
-    assert (recipe.select.by, recipe.sources.max_bad, recipe.optim.clip_norm) == ("label-free", "3", 0.5)
+    assert (recipe.select.by, recipe.data.max_bad, recipe.optim.clip_norm) == ("label-free", "3", 0.5)
     assert recipe.backbone == "nano"  # a name, not a folder: stays a name
-    assert recipe.data == os.path.abspath("images")
+    assert recipe.data.path == (os.path.abspath("images"),)
 
 
 def test_paths_are_absolute_so_that_resume_works_from_anywhere(invoke: Callable[..., Result], train: Any) -> None:
@@ -156,7 +160,7 @@ def test_paths_are_absolute_so_that_resume_works_from_anywhere(invoke: Callable[
     Path("mine/config.json").touch()
     invoke("adapt", "--backbone", "mine", "--data", "a", "--labels", "b.csv", "--weights", "w.pth", "--output", "out")
     recipe = runs[0].recipe
-    given = (recipe.backbone, recipe.data, recipe.labels, recipe.weights)
+    given = (recipe.backbone, *recipe.data.path, recipe.labels, recipe.weights)
     assert given == tuple(os.path.abspath(name) for name in ("mine", "a", "b.csv", "w.pth"))
 
 
@@ -171,7 +175,7 @@ def test_a_run_repeats_from_its_recipe(invoke: Callable[..., Result], train: Any
     ("args", "words"),
     [
         (("adpt",), "did you mean 'adapt'"),
-        (("zzz",), "commands: adapt, probe, resume"),
+        (("zzz",), "commands: adapt, backbones, check, demo, probe, recipes"),
         ((*ADAPT, "--bacth-size", "3"), "--batch-size"),
         ((*ADAPT, "--steps", "many"), "many"),
         ((*ADAPT, "--lr", "1e-4", "--set", "optim.lr=1e-4"), "given twice"),
@@ -499,11 +503,12 @@ def test_the_load_report_names_what_matters() -> None:
         resampled=("pos_embed",),
         sha256="ab" * 32,
         source="timm",
+        layout="DINO (teacher)",
     )
     with RichReporter(stream=stream) as reporter:
         reporter.load_report(report)  # type: ignore[arg-type]
     text = stream.getvalue()
-    assert "weights timm, sha256 abababababab: 2 parameters matched" in text
+    assert "weights timm, sha256 abababababab, DINO (teacher) layout: 2 parameters matched" in text
     assert "1 resampled to this size: pos_embed" in text
     assert "9 in the weights, not in the backbone, ignored: head.0, head.1, head.2, head.3, head.4, ..." in text
 

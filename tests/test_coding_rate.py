@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaptkit.objectives import coding_rate as module
 from adaptkit.objectives.bits import Bits
 from adaptkit.objectives.coding_rate import coding_rate
-from adaptkit.recipe import ObjectiveSettings
+from adaptkit.settings import ObjectiveSettings
 
 NUM_IMAGES, NUM_BITS, NUM_PROCESSES = 6, 8, 2
 

@@ -19,7 +19,7 @@ from adaptkit.distill import (
 )
 from adaptkit.objectives.bits import Bits
 from adaptkit.objectives.head import INIT_STD, ProjectionHead, draw_, last_bias
-from adaptkit.recipe import ObjectiveSettings
+from adaptkit.settings import ObjectiveSettings
 
 EMBED_DIM, NUM_BITS, NUM_IMAGES = 6, 10, 8
 

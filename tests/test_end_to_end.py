@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_runs import Recorder, adapt, assert_same_run, assert_same_tensors, command, flags, log, read
 
 import adaptkit
-from adaptkit import outcome, select, train
+from adaptkit import loop, outcome, schedules, select
 from adaptkit.backbones import load_backbone
 from adaptkit.embedding import Embedder
 from adaptkit.errors import Collapsed, DataError, GainNotMet, UsageError
@@ -33,8 +33,8 @@ REPORT_KEYS = {
     "candidates", "training", "backbone", "data", "recipe", "throughput", "files", "timings", "require_gain",
 }  # fmt: skip
 TOP = [
-    "backbone", "bad_images.jsonl", "checkpoints", "head.safetensors", "manifest.json", "metrics.jsonl", "recipe.yaml",
-    "report.json", "report.md", "status.json",
+    "backbone", "bad_images.jsonl", "checkpoints", "head.safetensors", "images.index", "manifest.json", "metrics.jsonl",
+    "recipe.yaml", "report.json", "report.md", "status.json",
 ]  # fmt: skip
 LABEL_FREE_METRICS = {"rankme", "d_eff", "r_eff", "view_retrieval_top1", "neighbour_overlap", "selection_score"}
 LABEL_METRICS = {"knn_top1", "linear_top1", "retrieval_map"}
@@ -43,14 +43,14 @@ LABEL_METRICS = {"knn_top1", "linear_top1", "retrieval_map"}
 @pytest.fixture(autouse=True)
 def _short_refit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps instead of fifty for the head of an export that is not the last teacher."""
-    monkeypatch.setattr(train, "MIN_REFIT_STEPS", 2)
+    monkeypatch.setattr(schedules, "MIN_REFIT_STEPS", 2)
 
 
 @pytest.fixture(scope="module")
 def plain(vit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> adaptkit.AdaptResult:
     """A run without labels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "MIN_REFIT_STEPS", 2)
+        patch.setattr(schedules, "MIN_REFIT_STEPS", 2)
         return adapt(vit, images, tmp_path_factory.mktemp("runs") / "plain")
 
 
@@ -60,7 +60,7 @@ def with_labels(
 ) -> adaptkit.AdaptResult:
     """A run with labels in train/ and test/, from which the adapted weights are exported: any gain is believed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "MIN_REFIT_STEPS", 2)
+        patch.setattr(schedules, "MIN_REFIT_STEPS", 2)
         patch.setattr(outcome, "choose", lambda candidates: max(candidates, key=lambda c: (c.alpha < 1, c.value)))
         patch.setattr(outcome, "verdict", lambda selected, delta, collapsed: ("unchanged", False))
         return adapt(vit, images, tmp_path_factory.mktemp("runs") / "labels", labels=labelled)
@@ -225,7 +225,7 @@ def trained_paths(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         seen.append([source.path(index) for index in range(len(source))])
         raise RuntimeError("enough seen")
 
-    monkeypatch.setattr(train, "open_session", stop)
+    monkeypatch.setattr("adaptkit.train.open_session", stop)
     return seen
 
 
@@ -357,7 +357,7 @@ def test_a_channel_that_stays_dead_ends_the_run_as_collapsed(vit: Path, tmp_path
 
 def break_step(monkeypatch: pytest.MonkeyPatch, when: Callable[[Session, int], bool]) -> None:
     """Make the student NaN before the steps that `when` names."""
-    real = train.set_schedule_
+    real = loop.set_schedule_
 
     def poisoned(optimizer: Any, plan: Any, step: int, lr_factor: float) -> None:
         real(optimizer, plan, step, lr_factor)
@@ -366,7 +366,7 @@ def break_step(monkeypatch: pytest.MonkeyPatch, when: Callable[[Session, int], b
                 for parameter in group["params"]:
                     parameter.data.fill_(float("nan"))
 
-    monkeypatch.setattr(train, "set_schedule_", poisoned)
+    monkeypatch.setattr(loop, "set_schedule_", poisoned)
 
 
 @pytest.mark.parametrize("log_every", [1, 4], ids=["seen in the log", "seen by a probe between lines of the log"])

@@ -45,9 +45,10 @@ def run(body: str) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize(
-    "args", [["--help"], ["--version"], ["adapt", "--help"], ["probe", "--help"], ["resume", "-h"]]
-)
+COMMANDS = ["adapt", "backbones", "check", "demo", "probe", "recipes", "report", "resume"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
 def test_help_loads_only_what_is_allowed(args: list[str]) -> None:
     loaded = run(HELP.format(args=args))["loaded"]
     assert isinstance(loaded, list)

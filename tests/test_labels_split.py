@@ -108,7 +108,7 @@ def test_held_out_folders_are_capped_at_2000_images_without_leaking_the_rest_int
 def test_split_refuses_too_little() -> None:
     with pytest.raises(DataError, match="7 images are too few"):
         split(listed([f"{i}.jpg" for i in range(7)]), "file")
-    with pytest.raises(DataError, match=r"at least 3 folders and found 2; use --set sources.split_by=file"):
+    with pytest.raises(DataError, match=r"at least 3 folders and found 2; use --set data\.split_by=file"):
         split(listed([f"{i % 2}/{i}.jpg" for i in range(100)]), "folder")
 
 
@@ -213,6 +213,36 @@ def test_list_of_labelled_files(tmp_path: Path) -> None:
     assert all(answer.gallery.file(i).is_file() for i in range(2))
 
 
+def test_other_columns_and_quoted_commas_are_no_hindrance(tmp_path: Path) -> None:
+    write(tmp_path, "a, b.jpg", "c.jpg")
+    lines = ["id,label,note,path", '1,yes,"one, two","a, b.jpg"', '2,no,,"c.jpg"']
+    (tmp_path / "list.csv").write_text("\r\n".join(lines), newline="")
+    answer = open_labelled(tmp_path / "list.csv", tmp_path / "list.csv")
+    assert paths(answer.gallery) == ["a, b.jpg", "c.jpg"]
+    assert answer.class_names == ("no", "yes")
+    assert [answer.gallery.label(index) for index in range(2)] == [1, 0]
+
+
+def test_a_list_in_utf16_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\na.jpg,x\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"list\.csv: is not UTF-8 text"):
+        open_labelled(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize("kind", ["folders", "split", "list"])
+def test_scale_reaches_gallery_and_queries(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, *(f"{side}/{name}/1.jpg" for side in ("train", "test") for name in "ab"))
+    (tmp_path / "list.csv").write_text("path,label\ntrain/a/1.jpg,a\ntest/a/1.jpg,a\ntest/b/1.jpg,b\n")
+    data, queries = {
+        "folders": (tmp_path / "train", tmp_path / "test"),
+        "split": (tmp_path, None),
+        "list": (tmp_path / "list.csv", None),
+    }[kind]
+    answer = open_labelled(data, queries, scale="percentile")
+    assert (answer.gallery.scale, answer.queries.scale) == ("percentile", "percentile")
+    assert open_labelled(data, queries).queries.scale == "range"
+
+
 def test_order_of_the_list_does_not_matter(tmp_path: Path) -> None:
     write(tmp_path, *(f"{i}.jpg" for i in range(20)))
     lines = [f"{i}.jpg,{'even' if i % 2 == 0 else 'odd'}" for i in range(20)]
@@ -227,7 +257,10 @@ def test_order_of_the_list_does_not_matter(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a.jpg,x\nb.jpg,y\n", r"list\.csv: the first line must be the header path,label and is 'a\.jpg,x'"),
-        ("path;label\na.jpg;x\n", "header path,label"),
+        ("path;label\na.jpg;x\n", r"list\.csv: the columns are separated by semicolons; save it with commas"),
+        ('"path"\t"label"\na.jpg\tx\n', "separated by tabs"),
+        ("name;class\na.jpg;x\n", "header path,label and is 'name;class'"),
+        ("path\na.jpg\n", "header path,label and is 'path'"),
         ("", "header path,label"),
         ("path,label\n", "lists no image"),
         ("path,label\na.jpg,x\ngone.jpg,y\nlost.jpg,y\n", r"line 3: no such file .*gone\.jpg"),

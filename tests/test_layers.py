@@ -12,9 +12,12 @@ PACKAGE = Path(__file__).parent.parent / "adaptkit"
 LAYERS = (  # top to bottom; a part may import what stands in a lower line
     ("cli",),
     ("train",),
+    ("preflight",),
+    ("estimate",),
     ("outcome",),
     ("supervise",),
     ("prepare",),
+    ("loop",),
     ("session",),
     ("select",),
     ("export", "evaluate"),
@@ -25,7 +28,9 @@ LAYERS = (  # top to bottom; a part may import what stands in a lower line
     ("loading", "distill"),
     ("objectives", "views", "backbones", "sources"),
     ("schedules",),
+    ("requirement",),
     ("recipe",),
+    ("settings",),
     ("yaml_text",),
     ("errors",),
 )
@@ -33,7 +38,19 @@ RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 SAME_LINE_ALLOWED = {("checkpoints", "run")}
 LAZY = {"__init__", "__main__"}  # they stand above all; `adaptkit/__init__` itself may be imported only for its version
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "matplotlib"}
-LIGHT_PARTS = {"cli", "errors", "yaml_text", "recipe", "run", "schedules", "report", "__init__", "__main__"}
+LIGHT_PARTS = {
+    "cli",
+    "errors",
+    "yaml_text",
+    "settings",
+    "recipe",
+    "requirement",
+    "run",
+    "schedules",
+    "report",
+    "__init__",
+    "__main__",
+}
 MAX_LINES = 300
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from adaptkit.loading import MAX_TRIES, Batch, Failure, StepSampler, Stuck, ViewDataset, view_loader
-from adaptkit.recipe import ViewSettings
+from adaptkit.settings import ViewSettings
 from adaptkit.sources import BadImage
 from adaptkit.views import MultiCrop
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms.v2 import functional as F
 
-from adaptkit.recipe import ViewSettings
+from adaptkit.settings import ViewSettings
 from adaptkit.views import MultiCrop, photometric
 from adaptkit.views.multicrop import draw_factors
 from adaptkit.views.photometric import BLUR_RADIUS, HUE, NEUTRAL, NUM_FACTORS, ORDERS, SIGMA, SOLARIZE

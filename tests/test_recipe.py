@@ -60,8 +60,8 @@ def test_switches(tmp_path: Path, text: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("text", ["off", "010", "1e-4", "2026-11-20", "12:30:00", "yes"])
 def test_a_word_stays_the_word_that_was_written(tmp_path: Path, text: str) -> None:
-    assert load_recipe(recipe(tmp_path, f"data: {text}\n")).data == text
-    assert load_recipe(recipe(tmp_path, ""), assignments=[f"data={text}"]).data == text
+    assert load_recipe(recipe(tmp_path, f"data: {text}\n")).data.path == (text,)
+    assert load_recipe(recipe(tmp_path, ""), assignments=[f"data={text}"]).data.path == (text,)
 
 
 @pytest.mark.parametrize("text", ["25%", "2 epochs", "1 epoch", "500 steps", "10000 images", "never", "0.5%"])
@@ -74,7 +74,7 @@ def test_durations(tmp_path: Path, text: str) -> None:
     [
         ("optim:\n  lrr: 1\n", r"unknown key optim\.lrr; did you mean 'lr'\?"),
         ("optm:\n  lr: 1\n", r"unknown key optm; did you mean 'optim'\?"),
-        ("zzzz: 1\n", r"unknown key zzzz$"),
+        ("zzzz: 1\n", r"unknown key zzzz; see"),
         ("optim:\n  lr: fast\n", r"optim\.lr = 'fast': Input should be a valid number"),
         ("optim:\n  lr: nan\n", r"optim\.lr"),
         ("optim:\n  lr: -1\n", r"optim\.lr = '-1': .*greater than 0"),
@@ -82,7 +82,7 @@ def test_durations(tmp_path: Path, text: str) -> None:
         ("batch_size: 12.5\n", r"batch_size = '12.5'"),
         ("pretrained: 2\n", r"pretrained = '2'"),
         ("head:\n  reset_every: 25\n", r"head\.reset_every = '25': .*number with a unit"),
-        ("sources:\n  max_bad: some\n", r"sources\.max_bad"),
+        ("data:\n  max_bad: some\n", r"data\.max_bad"),
         ("select:\n  alphas: [0.5, 1.0]\n", r"alphas must lie strictly between"),
         ("views:\n  global_scale: [0.9, 0.4]\n", r"global_scale must be a range"),
         ("views:\n  blur: [0.5, 2, 0]\n", r"blur probabilities"),
@@ -172,6 +172,21 @@ def test_a_folder_whose_name_is_not_utf8_survives_the_round_trip(tmp_path: Path)
     assert load_recipe(recipe(tmp_path, dump_recipe(before))) == before
 
 
+@pytest.mark.parametrize("text", ["data: a", "data: [a]", "data: {path: a}", "data: {path: [a]}"])
+def test_data_is_a_path_or_a_group(tmp_path: Path, text: str) -> None:
+    given = load_recipe(recipe(tmp_path, text + "\n"), assignments=["data.scale=percentile"])
+    assert (given.data.path, given.data.scale, given.data.max_bad) == (("a",), "percentile", "1%")
+    replaced = load_recipe(recipe(tmp_path, text + "\n"), {"data": ["b", "c"]})
+    assert replaced.data.path == ("b", "c")
+
+
+def test_data_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.path is given twice"):
+        load_recipe(recipe(tmp_path, ""), {"data.path": ("a",)}, ["data=b"])
+    both = load_recipe(recipe(tmp_path, ""), {"data.path": ("a",)}, ["data.scale=percentile"])
+    assert (both.data.path, both.data.scale) == (("a",), "percentile")
+
+
 def test_a_recipe_is_frozen() -> None:
     with pytest.raises(ValidationError):
         Recipe().seed = 1  # type: ignore[misc]
@@ -211,6 +226,7 @@ def test_exit_codes_are_the_contract() -> None:
         "DeviceMemoryError": 7,
         "MachineError": 8,
         "Interrupted": 75,
+        "NotFinite": 4,
     }
 
 
@@ -231,9 +247,9 @@ def test_paths_become_absolute_but_a_name_stays_a_name(tmp_path: Path, monkeypat
     (tmp_path / "nano" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
     assert Recipe(backbone="nano", data="photos").with_absolute_paths().backbone == "nano"
-    assert Recipe(backbone="nano").with_absolute_paths().data is None
+    assert Recipe(backbone="nano").with_absolute_paths().data.path == ()
     assert Recipe(backbone="resnet18").with_absolute_paths().backbone == "resnet18"
     assert Recipe(backbone="hf-hub:org/name").with_absolute_paths().backbone == "hf-hub:org/name"
     assert Recipe(backbone="mine").with_absolute_paths().backbone == str(tmp_path / "mine")
     absolute = Recipe(backbone="./nano", data="photos").with_absolute_paths()
-    assert (absolute.backbone, absolute.data) == (str(tmp_path / "nano"), str(tmp_path / "photos"))
+    assert (absolute.backbone, absolute.data.path) == (str(tmp_path / "nano"), (str(tmp_path / "photos"),))

@@ -25,7 +25,7 @@ from tiny_runs import (
 )
 
 import adaptkit
-from adaptkit import train
+from adaptkit import schedules
 from adaptkit.errors import AdaptkitError, DataError, Interrupted, UsageError
 from adaptkit.run import Run
 from adaptkit.session import Silent
@@ -45,13 +45,13 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _short_refit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "MIN_REFIT_STEPS", 2)
+    monkeypatch.setattr(schedules, "MIN_REFIT_STEPS", 2)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(vit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "MIN_REFIT_STEPS", 2)
+        patch.setattr(schedules, "MIN_REFIT_STEPS", 2)
         return adapt(vit, images, tmp_path_factory.mktemp("runs") / "undisturbed", **SETTINGS).run
 
 

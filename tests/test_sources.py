@@ -14,7 +14,7 @@ from conftest import draw_image
 from PIL import Image
 
 from adaptkit.errors import DataError, MachineError
-from adaptkit.sources import BadImage, BadImages, FolderSource, fingerprint, open_folder
+from adaptkit.sources import BadImage, BadImages, FolderSource, fingerprint, open_folder, open_images, split
 from adaptkit.sources import folder as folder_module
 
 
@@ -31,7 +31,8 @@ def paths(source: FolderSource) -> list[str]:
 
 
 def test_lists_images_at_any_depth_in_byte_order(tmp_path: Path) -> None:
-    names = ["b.JPG", "a/z.jpeg", "a.jpg", "a-b.png", "a/b/c/d.Png", "a/B.jpg", "é.jpg"]
+    names = ["b.JPG", "a/z.jpeg", "a.jpg", "a-b.png", "a/b/c/d.Png", "a/B.jpg", "é.jpg", "f.webp", "G.BMP", "h.tif"]
+    names += ["a/i.TIFF", "j.Gif"]
     fill(tmp_path, *names, "notes.txt", "table.csv", ".hidden.jpg", ".cache/x.jpg", "a/._z.jpeg")
     source = open_folder(tmp_path)
     assert paths(source) == sorted(names, key=os.fsencode)
@@ -100,13 +101,13 @@ def test_a_pipe_is_no_image(tmp_path: Path) -> None:
 def test_errors_say_where_and_why(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such folder"):
         open_folder(tmp_path / "nowhere")
-    fill(tmp_path, "docs/a.tif", "docs/b.TIF", "docs/c.txt")
+    fill(tmp_path, "docs/a.dcm", "docs/b.DCM", "docs/c.txt")
     with pytest.raises(DataError, match=r"c\.txt: is a file"):
         open_folder(tmp_path / "docs" / "c.txt")
-    with pytest.raises(DataError, match=r"no \.jpg.*3 other files: \.tif, \.txt; convert"):
+    with pytest.raises(DataError, match=r"no \.jpg.*3 other files: \.dcm, \.txt; convert"):
         open_folder(tmp_path / "docs")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no \.jpg, \.jpeg or \.png file at any depth$"):
+    with pytest.raises(DataError, match=r"no \.jpg, .* \.tiff or \.gif file at any depth; check the path$"):
         open_folder(tmp_path / "empty")
 
 
@@ -168,6 +169,153 @@ def test_fingerprint_sees_every_change_but_not_the_order(tmp_path: Path) -> None
     (tmp_path / "a.jpg").rename(tmp_path / "a2.jpg")
     seen.add(fingerprint(open_folder(tmp_path)))
     assert len(seen) == 5
+
+
+def test_one_folder_is_opened_as_ever(tmp_path: Path) -> None:
+    fill(tmp_path / "data", "b.jpg", "a/1.jpg", "a-b.png")
+    one, same = open_folder(tmp_path / "data"), open_images([str(tmp_path / "data")])
+    assert paths(one) == paths(same) == ["a-b.png", "a/1.jpg", "b.jpg"]
+    assert one.root == same.root == tmp_path / "data"
+    assert fingerprint(one) == fingerprint(same)
+
+
+def test_several_folders_are_relative_to_their_common_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "data/b/2.jpg", "data/a/deep/1.jpg", "data/a-b/3.jpg", "data/c/4.jpg", "data/.new/5.jpg")
+    folders = [tmp_path / "data" / name for name in ("b", "a-b", "a", ".new")]
+    source = open_images(folders)
+    assert paths(source) == [".new/5.jpg", "a-b/3.jpg", "a/deep/1.jpg", "b/2.jpg"]
+    assert source.root == tmp_path / "data"
+    assert all(source.file(index).is_file() for index in range(len(source)))
+    assert source.sizes.tolist() == [len(f"data/{path}") for path in paths(source)]
+    assert fingerprint(open_images(folders[::-1])) == fingerprint(source)
+    monkeypatch.chdir(tmp_path / "data" / "c")
+    there = open_images(["../b", "../a/../a-b"])
+    assert (there.root, paths(there)) == (tmp_path / "data", ["a-b/3.jpg", "b/2.jpg"])
+
+
+def test_folders_that_overlap_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "data/a/1.jpg", "data/ab/2.jpg")
+    (tmp_path / "alias").symlink_to(tmp_path / "data" / "a")
+    for pair in (["data", "data/a"], ["data/a", "data"], ["data", "alias"]):
+        with pytest.raises(DataError, match=r"(a|alias): lies inside .*data, which is named too"):
+            open_images([tmp_path / name for name in pair])
+    with pytest.raises(DataError, match="alias: is named twice"):
+        open_images([tmp_path / "data" / "a", tmp_path / "alias"])
+    assert len(open_images([tmp_path / "data" / "a", tmp_path / "data" / "ab"])) == 2
+
+
+def test_links_between_several_folders_list_no_image_twice(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg", "b/2.jpg", "elsewhere/3.jpg")
+    (tmp_path / "a" / "to_b").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "to_a").symlink_to(tmp_path / "a")
+    for folder in ("a", "b"):
+        (tmp_path / folder / "outside").symlink_to(tmp_path / "elsewhere")
+    assert paths(open_images([tmp_path / "a", tmp_path / "b"])) == ["a/1.jpg", "a/outside/3.jpg", "b/2.jpg"]
+
+
+def test_list_with_a_path_per_line(tmp_path: Path) -> None:
+    fill(tmp_path, "in/b.jpg", "in/#a.jpg", "in/sub/é.jpg", "out/c.jpg", "in/no suffix")
+    lines = ["# a comment", "", "  b.jpg ", "./#a.jpg", "sub/é.jpg", "../out/c.jpg", "no suffix", "sub/../b.jpg"]
+    lines += [f"{tmp_path / 'in' / 'b.jpg'}", f"{tmp_path / 'out'}/./c.jpg"]
+    file = tmp_path / "in" / "list.TXT"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    source = open_images([file])
+    assert source.root == tmp_path / "in"
+    assert paths(source) == ["#a.jpg", "../out/c.jpg", "b.jpg", "no suffix", "sub/é.jpg"]
+    assert source.sizes.tolist() == [9, 9, 8, 12, 13]
+
+
+def test_list_with_a_path_column(tmp_path: Path) -> None:
+    fill(tmp_path, "a,b.jpg", "c.jpg")
+    (tmp_path / "list.csv").write_text('label,path\nx,"a,b.jpg"\n,c.jpg\ny,c.jpg\n', encoding="utf-8-sig")
+    source = open_images([tmp_path / "list.csv"])
+    assert paths(source) == ["a,b.jpg", "c.jpg"]
+    assert source.labels is None
+
+
+def test_folders_and_lists_together_count_an_image_once(tmp_path: Path) -> None:
+    fill(tmp_path, "data/a/1.jpg", "data/a/2.jpg", "data/b/3.jpg", "lists/4.jpg", "far/5.jpg")
+    (tmp_path / "lists" / "one.txt").write_text(f"4.jpg\n../data/a/1.jpg\n{tmp_path / 'far' / '5.jpg'}\n")
+    (tmp_path / "lists" / "two.csv").write_text(f"path\n4.jpg\n{tmp_path}/data/b/3.jpg\n")
+    source = open_images([tmp_path / "lists" / "two.csv", tmp_path / "data" / "a", tmp_path / "lists" / "one.txt"])
+    assert source.root == tmp_path
+    assert paths(source) == ["data/a/1.jpg", "data/a/2.jpg", "data/b/3.jpg", "far/5.jpg", "lists/4.jpg"]
+    (tmp_path / "data" / "list.txt").write_text("a/1.jpg\nb/3.jpg\n")
+    inside = open_images([tmp_path / "data", tmp_path / "data" / "list.txt"])
+    assert paths(inside) == ["a/1.jpg", "a/2.jpg", "b/3.jpg"]
+
+
+def test_a_list_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_image(0, 0).save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text("a.png\n")
+    monkeypatch.chdir(tmp_path)
+    source = open_images(["list.txt"])
+    assert paths(source) == ["a.png"]
+    assert source.read(0).size == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.txt", b"a.jpg\n\n# x\ngone.jpg\n", r"list\.txt line 4: no such file .*gone\.jpg; paths are relative"),
+        ("list.txt", b"a.jpg\nsub\n", r"line 2: .*sub is not a file"),
+        ("list.txt", b"# nothing\n\n", r"list\.txt: lists no image"),
+        ("list.txt", "a.jpg\n".encode("utf-16"), r"list\.txt: is not UTF-8 text"),
+        ("list.csv", b"path\na.jpg\ngone.jpg\n", r"list\.csv line 3: no such file"),
+        ("list.csv", b"file,label\na.jpg,x\n", r"must be a header with the column path and is 'file,label'"),
+        ("list.csv", b"label;path\nx;a.jpg\n", "separated by semicolons"),
+        ("list.csv", b"path,label\n,x\n", "line 2: ',x' needs a path"),
+        ("list.csv", b"", "header with the column path and is ''"),
+        ("list.json", b"[]", r"list\.json: is neither a folder nor a list \(\.txt, or \.csv"),
+        ("a.jpg", b"a.jpg", r"a\.jpg: is neither a folder nor a list"),
+    ],
+)
+def test_errors_in_lists_say_where_and_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    fill(tmp_path, "a.jpg", "sub/b.jpg")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        open_images([tmp_path / name])
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_name_the_one_of_several_that_is_wrong(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg", "a/notes.md", "b/2.dcm", "c/3.raw", "c/4.raw")
+    with pytest.raises(DataError, match=r"c: no \.jpg.*\(but 2 other files: \.raw; convert"):
+        open_images([tmp_path / name for name in ("a", "c", "b")])
+    with pytest.raises(DataError, match="nowhere: no such folder; check"):
+        open_images([tmp_path / "a", tmp_path / "nowhere"])
+    with pytest.raises(DataError, match=r"gone\.txt: no such folder or list; check"):
+        open_images([tmp_path / "a", tmp_path / "gone.txt"])
+    with pytest.raises(DataError, match="name a folder or a list"):
+        open_images([])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_a_list_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "list.txt").write_text("pipe.jpg\n")
+    with pytest.raises(DataError, match=r"line 1: .*pipe\.jpg is not a file"):
+        open_images([tmp_path / "list.txt"])
+
+
+def test_the_split_does_not_depend_on_where_the_data_lies(tmp_path: Path) -> None:
+    names = [f"{folder}/{index}.jpg" for folder in ("a", "b") for index in range(20)]
+    answers = []
+    for place in ("here", "there"):
+        fill(tmp_path / place, *names)
+        source = open_images([tmp_path / place / "a", tmp_path / place / "b"])
+        answers.append(paths(source.subset(split(source, "file").report)))
+    assert answers[0] == answers[1]
+
+
+def test_scale_is_passed_on_to_the_decoder(tmp_path: Path) -> None:
+    levels = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # 12 bits stored in 16
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    assert np.asarray(open_images([tmp_path]).read(0)).max() == 16
+    assert np.asarray(open_folder(tmp_path).read(0)).max() == 16
+    stretched = open_images([tmp_path], scale="percentile").subset(np.array([0])).with_labels([0], ("x",))
+    assert np.asarray(stretched.read(0)).max() == 255
+    assert open_folder(tmp_path, "percentile").scale == "percentile"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from adaptkit.loading import ViewDataset
-from adaptkit.recipe import ViewSettings
+from adaptkit.settings import ViewSettings
 from adaptkit.views import MultiCrop, Views, multicrop
 from adaptkit.views.multicrop import draw_box, draw_factors
 from adaptkit.views.photometric import NEUTRAL, NUM_FACTORS, ORDERS, SIGMA, SOLARIZE

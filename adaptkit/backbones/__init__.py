@@ -2,15 +2,19 @@
 
 from adaptkit.backbones.backbone import Backbone, EvalTransform, LoadReport
 from adaptkit.backbones.load import load_backbone
-from adaptkit.backbones.names import ALIASES, backbone_names
+from adaptkit.backbones.module import MODULE, module_name
+from adaptkit.backbones.names import ALIASES, backbone_names, backbone_rows
 from adaptkit.backbones.save import save_backbone
 
 __all__ = [
     "ALIASES",
+    "MODULE",
     "Backbone",
     "EvalTransform",
     "LoadReport",
     "backbone_names",
+    "backbone_rows",
     "load_backbone",
+    "module_name",
     "save_backbone",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor  # type: ignore[import-untyped, unused-ignore]
 
 Readout = Literal["cls", "mean", "pool"]
+Channels = tuple[float, float, float]  # red, green, blue
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LoadReport:
     resampled: tuple[str, ...]  # position embeddings fitted to another image or patch grid
     sha256: str | None
     source: str
+    layout: str = "timm"  # whose names the file's keys have, and in brackets where in the file the network lay
 
 
 class EvalTransform:
@@ -57,8 +59,8 @@ class Backbone:
     module: nn.Module
     embed_dim: int
     image_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
     readout: Readout
     architecture: str
     model_args: dict[str, Any]

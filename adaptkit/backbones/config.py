@@ -10,6 +10,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg, is_model
 
+from adaptkit.backbones.reading import line
 from adaptkit.errors import BackboneError
 
 MAX_CONFIG_BYTES = 16 << 20  # some list every label of ImageNet-21k
@@ -31,7 +32,12 @@ def read_config(path: Path, where: str) -> tuple[str, dict[str, Any], dict[str, 
             raise BackboneError(f"{where}: config.json is larger than {MAX_CONFIG_BYTES} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BackboneError(f"{where}: config.json cannot be read ({_line(error)}); export it again") from None
+        raise BackboneError(f"{where}: config.json cannot be read ({line(error)}); export it again") from None
+    if isinstance(config, dict) and isinstance(config.get("module"), str):
+        raise BackboneError(
+            f"{where}: holds weights of {config['module'][:80]}, a class of your own; make it in Python, then "
+            f"module.load_state_dict(safetensors.torch.load_file('{path.parent / 'model.safetensors'}'))"
+        )
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise BackboneError(f"{where}: config.json names no timm architecture; it must be a folder timm can load")
     architecture = config["architecture"]
@@ -88,7 +94,3 @@ def _numbers(values: object, count: int) -> bool:
         and len(values) == count
         and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -32,9 +32,13 @@ def fetch(name: str, repo: str, filenames: tuple[str, ...]) -> Path:
         except EntryNotFoundError:
             continue
         except Exception as error:  # the client's HTTP library, and with it the family of errors, has changed twice
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             break
     raise BackboneError(
-        f"{name}: {filenames[0]} of {repo} is neither cached nor could it be downloaded ({reason}); "
-        "give the weights with --weights FILE, or name a local folder (or fill the Hugging Face cache) instead"
+        f"{_short(name, 45)}: {filenames[0]} is not cached, nor to be had from the hub ({_short(reason, 80)}); "
+        "give --weights FILE, or name a local folder"
     )
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

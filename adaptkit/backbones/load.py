@@ -1,25 +1,22 @@
-"""`load_backbone`: build the backbone with an explicit readout, fit its weights strictly, check what comes out."""
+"""`load_backbone`: from a name, a folder or a module to a `Backbone` whose weights fit strictly."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import timm
-import torch
 from torch import nn
 
-from adaptkit.backbones.backbone import Backbone, Readout
-from adaptkit.backbones.checkpoints import fit_, read_weights, strip_prefixes
-from adaptkit.backbones.config import preprocessing
-from adaptkit.backbones.names import Origin, find
+from adaptkit.backbones.backbone import Backbone, Channels
+from adaptkit.backbones.build import build, embed_dim
+from adaptkit.backbones.checkpoints import fit_
+from adaptkit.backbones.module import from_module, module_name
+from adaptkit.backbones.names import find
+from adaptkit.backbones.reading import read_weights
 from adaptkit.errors import BackboneError
-
-TIMM_POOL = {"cls": "token", "mean": "avg"}
 
 
 def load_backbone(
-    name: str,
+    name: str | nn.Module,
     *,
     weights: str | None = None,
     pretrained: bool = True,
@@ -28,6 +25,8 @@ def load_backbone(
     allow_missing: tuple[str, ...] = (),
     drop_path: float = 0.0,
     seed: int = 0,
+    mean: Channels | None = None,
+    std: Channels | None = None,
 ) -> Backbone:
     """The backbone `name` in float32 and evaluation mode, on the CPU.
 
@@ -35,151 +34,37 @@ def load_backbone(
     that replaces its weights. `readout` is `auto` (the backbone's own), `cls`, `mean` or `pool`. With another readout
     than its own a ViT keeps its final norm where it was trained: `mean` of a `cls` backbone averages the normalised
     patch tokens (DINOv2's `x_norm_patchtokens`), so that no parameter is new. `image_px` resamples position
-    embeddings. `drop_path` is never exported; `pretrained=False` draws by `seed`. May raise `BackboneError`.
+    embeddings; the aliases of DINOv2 take 224 px, as torch.hub's are used, though trained at 518. `drop_path` is
+    never exported; `pretrained=False` draws by `seed`.
+
+    `name` may also be a module, (N, 3, H, W) -> (N, D), which is copied and never changed. timm's lose their
+    classifier; the output of any other is the embedding. `image_px`, `mean` and `std` say what images it takes
+    (224 and ImageNet's unless given or known to timm). May raise `BackboneError`.
     """
+    if isinstance(name, nn.Module):
+        if weights is not None or not pretrained:
+            raise BackboneError(
+                f"{module_name(name)}: brings its own weights; load others into it, or draw it anew, before"
+            )
+        return from_module(name, readout=readout, image_px=image_px, mean=mean, std=std, drop_path=drop_path)
     if weights is not None and not pretrained:
         raise BackboneError(f"{weights}: weights are given and pretrained weights are switched off; keep one of them")
+    if mean is not None or std is not None:
+        raise BackboneError(f"{name}: mean and std are its own; they can be given for a module only")
     origin = find(name)
-    state, sha256, source = None, None, "random initialisation"
+    content = None
     if pretrained:
         path = Path(weights) if weights is not None else origin.weights()
-        (state, sha256), source = read_weights(path), str(path)
-        if weights is not None:
-            state = strip_prefixes(state)
-    backbone = _build(origin, readout, image_px, drop_path, seed)
-    if state is not None:
+        content, sha256 = read_weights(path)
+    backbone = build(origin, readout, image_px, drop_path, seed)
+    if content is not None:
         backbone.load_report = fit_(
             backbone.module,
-            state,
+            content,
             architecture=backbone.architecture,
-            source=source,
+            source=str(path),
             sha256=sha256,
             allow_missing=allow_missing,
         )
-    backbone.embed_dim = _embed_dim(backbone)
+    backbone.embed_dim = embed_dim(backbone)
     return backbone
-
-
-def _build(origin: Origin, readout: str, image_px: int | None, drop_path: float, seed: int) -> Backbone:
-    cfg = preprocessing(origin.pretrained_cfg, origin.name)
-    args = dict(origin.model_args)
-    px = _image_px(cfg, args, image_px, origin.name)
-    if "img_size" in args or cfg["fixed_input_size"]:
-        args["img_size"] = px
-    module = _create(origin, args, cfg, drop_path, seed)
-    pool_args = _pool_args(module, readout, origin)
-    if pool_args:
-        args.update(pool_args)
-        module = _create(origin, args, cfg, drop_path, seed)
-    if _is_vit(module):
-        args["global_pool"] = module.global_pool
-    _check_patches(module, px, origin.name)
-    # timm's conversion reads the grid the position embeddings were trained on from these two attributes.
-    vars(module).update(pretrained_model_args=dict(origin.model_args), pretrained_cfg=dict(cfg))
-    return Backbone(
-        name=origin.name,
-        module=module.eval(),
-        embed_dim=0,
-        image_px=px,
-        mean=(cfg["mean"][0], cfg["mean"][1], cfg["mean"][2]),
-        std=(cfg["std"][0], cfg["std"][1], cfg["std"][2]),
-        readout=_readout(module),
-        architecture=origin.architecture,
-        model_args=args,
-        pretrained_cfg=cfg | {"input_size": [3, px, px]},
-        load_report=None,
-    )
-
-
-def _image_px(cfg: dict[str, Any], args: dict[str, Any], image_px: int | None, name: str) -> int:
-    if image_px is not None:
-        if image_px < 1:
-            raise BackboneError(f"{name}: image_px is {image_px}; it must be at least 1")
-        return image_px
-    size = args.get("img_size", cfg["input_size"][1:])
-    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    if height != width or not isinstance(height, int) or height < 1:
-        raise BackboneError(f"{name}: its image size is {size!r}; only squares are supported, choose one with image_px")
-    return height
-
-
-def _create(origin: Origin, args: dict[str, Any], cfg: dict[str, Any], drop_path: float, seed: int) -> nn.Module:
-    """timm's module with no classifier, drawn by `seed`; any input size where timm can (local crops are smaller)."""
-    wanted = dict(args, num_classes=0)
-    if drop_path > 0:
-        wanted["drop_path_rate"] = drop_path
-    reason = ""
-    attempts: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
-    for extra in attempts:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's only: torch.manual_seed would touch the GPU's too
-            try:
-                module: nn.Module = timm.create_model(
-                    origin.architecture, pretrained=False, pretrained_cfg=dict(cfg), **wanted, **extra
-                )
-                return module.float()
-            except Exception as error:  # arguments of a folder nobody has checked: timm raises what it likes
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise BackboneError(f"{origin.name}: timm cannot build {origin.architecture} with {wanted} ({reason})")
-
-
-def _is_vit(module: nn.Module) -> bool:
-    return hasattr(module, "num_prefix_tokens") and isinstance(getattr(module, "global_pool", None), str)
-
-
-def _readout(module: nn.Module) -> Readout:
-    if not _is_vit(module):
-        return "pool"
-    pools: dict[Any, Readout] = {"token": "cls", "avg": "mean"}
-    return pools.get(module.global_pool, "pool")
-
-
-def _pool_args(module: nn.Module, readout: str, origin: Origin) -> dict[str, Any]:
-    """timm arguments that turn `module`'s own readout into the wanted one; empty if it is that already."""
-    own = _readout(module)
-    if readout == "auto":
-        stated = origin.global_pool
-        # Folders saved by older timm versions state the pooling beside the arguments, not in them.
-        return {"global_pool": stated} if _is_vit(module) and stated not in (None, module.global_pool) else {}
-    if readout == own:
-        return {}
-    if readout not in TIMM_POOL:
-        raise BackboneError(f"{origin.name}: readout {readout!r} does not exist here; its own is {own!r}, choose auto")
-    if not _is_vit(module):
-        raise BackboneError(f"{origin.name}: has no tokens to read out by {readout!r}; choose readout pool or auto")
-    if readout == "cls" and getattr(module, "cls_token", None) is None:
-        raise BackboneError(f"{origin.name}: has no class token; choose readout {own} or auto")
-    args: dict[str, Any] = {"global_pool": TIMM_POOL[readout]}
-    if hasattr(module, "fc_norm"):
-        norm_arg = "fc_norm" if type(module).__name__.startswith("VisionTransformer") else "use_fc_norm"
-        args[norm_arg] = not isinstance(module.fc_norm, nn.Identity)
-    return args
-
-
-def _check_patches(module: nn.Module, px: int, name: str) -> None:
-    patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
-    side = max(patch) if isinstance(patch, list | tuple) else patch
-    if isinstance(side, int) and _is_vit(module) and px % side:
-        below = max(px // side, 1) * side
-        raise BackboneError(f"{name}: image_px {px} is no multiple of its patches of {side} px; choose {below}")
-
-
-def _embed_dim(backbone: Backbone) -> int:
-    """D, by looking: timm's `num_features` is not the output's width for every architecture."""
-    px = backbone.image_px
-    patch = getattr(getattr(backbone.module, "patch_embed", None), "patch_size", None)
-    if (
-        _is_vit(backbone.module)
-        and isinstance(patch, list | tuple)
-        and getattr(backbone.module, "dynamic_img_size", False)
-    ):
-        px = min(px, 4 * max(patch))  # a few tokens say as much as 1,369 of them
-    try:
-        with torch.inference_mode():
-            shape = tuple(backbone.module(torch.zeros(1, 3, px, px)).shape)
-    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(f"{backbone.name}: cannot take images of {backbone.image_px} px ({reason})") from None
-    if len(shape) != 2:
-        raise BackboneError(f"{backbone.name}: gives {shape} for one image instead of one embedding; choose a readout")
-    return int(shape[1])

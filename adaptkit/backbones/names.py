@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
@@ -16,6 +17,7 @@ from adaptkit.backbones.hub import fetch
 from adaptkit.errors import BackboneError, did_you_mean
 
 NANO = "nano"
+NANO_LICENCE = "research use, see its model card"
 NANO_FOLDER = Path(__file__).parent.parent / "assets" / "nano"
 
 _DINO_VITS = {"vits16": "small_patch16", "vits8": "small_patch8", "vitb16": "base_patch16", "vitb8": "base_patch8"}
@@ -29,12 +31,23 @@ _DINOV3_VITS = {
     "vit7b16": "7b_patch16",
 }
 
-ALIASES: dict[str, str] = {  # torch.hub name of the DINO family -> timm name
-    **{f"dino_{hub}": f"vit_{size}_224.dino" for hub, size in _DINO_VITS.items()},
-    **{f"dinov2_vit{s}14": f"vit_{size}_patch14_dinov2.lvd142m" for s, size in _SIZES.items()},
-    **{f"dinov2_vit{s}14_reg": f"vit_{size}_patch14_reg4_dinov2.lvd142m" for s, size in _SIZES.items()},
-    **{f"dinov3_{hub}": f"vit_{size}_dinov3.lvd1689m" for hub, size in _DINOV3_VITS.items()},
-    **{f"dinov3_convnext_{size}": f"convnext_{size}.dinov3_lvd1689m" for size in ("tiny", "small", "base", "large")},
+
+class Alias(NamedTuple):
+    """A torch.hub name of the DINO family in timm's words. Where timm's defaults differ, the hub's use decides."""
+
+    timm_name: str
+    image_px: int | None = None
+    global_pool: str | None = None
+
+
+ALIASES: dict[str, Alias] = {
+    **{f"dino_{hub}": Alias(f"vit_{size}_224.dino") for hub, size in _DINO_VITS.items()},
+    # trained at 224 px and, at the end, 518 px; nearly always used at 224
+    **{f"dinov2_vit{s}14": Alias(f"vit_{size}_patch14_dinov2.lvd142m", 224) for s, size in _SIZES.items()},
+    **{f"dinov2_vit{s}14_reg": Alias(f"vit_{size}_patch14_reg4_dinov2.lvd142m", 224) for s, size in _SIZES.items()},
+    # timm averages the patch tokens of these, the hub gives the class token
+    **{f"dinov3_{hub}": Alias(f"vit_{size}_dinov3.lvd1689m", None, "token") for hub, size in _DINOV3_VITS.items()},
+    **{f"dinov3_convnext_{s}": Alias(f"convnext_{s}.dinov3_lvd1689m") for s in ("tiny", "small", "base", "large")},
 }
 
 
@@ -50,11 +63,15 @@ class Origin:
     folder: Path | None = None
     hub_repo: str | None = None
     hub_filename: str | None = None
+    url: str | None = None  # of weights that are elsewhere
+    image_px: int | None = None  # where it is to differ from what `pretrained_cfg` says
 
     def weights(self) -> Path:
         """The local path of the weights, downloaded if need be. Raises `BackboneError`."""
         if self.folder is not None:
             return _weights_in(self.folder)
+        if self.hub_repo is None and self.url:
+            raise BackboneError(f"{self.name}: its weights are not on the hub; fetch {self.url}, give --weights FILE")
         if self.hub_repo is None:
             raise BackboneError(
                 f"{self.name}: timm has no pretrained weights for it on the hub; "
@@ -64,8 +81,29 @@ class Origin:
 
 
 def backbone_names() -> list[str]:
-    """`nano`, the aliases and every timm name with pretrained weights, in this order."""
-    return [NANO, *ALIASES, *timm.list_pretrained()]
+    """`nano`, the aliases and every timm name with pretrained weights on the hub, in this order."""
+    return [row[0] for row in backbone_rows()]
+
+
+def backbone_rows(pattern: str | None = None) -> list[tuple[str, str, int, str]]:
+    """(name, timm name, image_px, licence or "") of all that can be loaded by name, without building a network.
+
+    `nano` first, then the aliases, then timm's names. `pattern` is a glob or a part of either name; case is ignored.
+    """
+    architecture, _, cfg, _ = read_config(NANO_FOLDER / "config.json", NANO)
+    rows = [(NANO, architecture, int(cfg["input_size"][-1]), NANO_LICENCE)]
+    rows += [_row(name, alias.timm_name, alias.image_px) for name, alias in ALIASES.items()]
+    rows += [_row(name, name) for name in timm.list_pretrained() if get_pretrained_cfg(name).hf_hub_id]
+    if pattern is None:
+        return rows
+    wanted = pattern.lower()
+    glob = wanted if any(char in wanted for char in "*?[") else f"*{wanted}*"
+    return [row for row in rows if any(fnmatchcase(name.lower(), glob) for name in row[:2])]
+
+
+def _row(name: str, timm_name: str, image_px: int | None = None) -> tuple[str, str, int, str]:
+    cfg = get_pretrained_cfg(timm_name)
+    return name, timm_name, image_px or cfg.input_size[-1], cfg.license or ""
 
 
 def find(name: str) -> Origin:
@@ -83,18 +121,21 @@ def find(name: str) -> Origin:
         return Origin(name, *config, hub_repo=rest)
     if colon and source == "local-dir":
         return _from_folder(name, Path(rest))
-    timm_name = ALIASES.get(name, name)
-    if not any(char in name for char in "/\\") and is_model(timm_name):
-        return _from_timm(name, timm_name)
+    alias = ALIASES.get(name, Alias(name))
+    if not any(char in name for char in "/\\") and is_model(alias.timm_name):
+        return _from_timm(name, alias)
     if os.path.isdir(name):  # unlike Path.is_dir it answers for overlong names too
         return _from_folder(name, Path(name))
     if any(char in name for char in "/\\"):
         raise BackboneError(f"{name}: no such folder; for a repository of the hub write hf-hub:{name}")
     hint = did_you_mean(name, [NANO, *ALIASES, *timm.list_models(), *timm.list_pretrained()])
-    raise BackboneError(f"unknown backbone {name!r}{hint}; give a timm name, hf-hub:org/name or a local folder")
+    raise BackboneError(
+        f"unknown backbone {name[:80]!r}{hint}; see `adaptkit backbones`, or give hf-hub:org/name or a local folder"
+    )
 
 
-def _from_timm(name: str, timm_name: str) -> Origin:
+def _from_timm(name: str, alias: Alias) -> Origin:
+    timm_name = alias.timm_name
     architecture, _, tag = timm_name.partition(".")
     try:
         cfg = get_pretrained_cfg(timm_name)
@@ -107,7 +148,16 @@ def _from_timm(name: str, timm_name: str) -> Origin:
     cfg = cfg or PretrainedCfg()
     # A subset of the fields only: `to_dict` would drop those that are None, which some entry points rely on.
     fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-    return Origin(name, architecture, {}, fields, hub_repo=cfg.hf_hub_id, hub_filename=cfg.hf_hub_filename)
+    return Origin(
+        name,
+        architecture,
+        {"global_pool": alias.global_pool} if alias.global_pool else {},
+        fields,
+        hub_repo=cfg.hf_hub_id,
+        hub_filename=cfg.hf_hub_filename,
+        url=cfg.url or None,
+        image_px=alias.image_px,
+    )
 
 
 def _from_folder(name: str, folder: Path) -> Origin:

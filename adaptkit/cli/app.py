@@ -10,7 +10,12 @@ import click
 
 import adaptkit
 from adaptkit.cli.command_adapt import adapt_command
+from adaptkit.cli.command_backbones import backbones_command
+from adaptkit.cli.command_check import check_command
+from adaptkit.cli.command_demo import demo_command
 from adaptkit.cli.command_probe import probe_command
+from adaptkit.cli.command_recipes import recipes_command
+from adaptkit.cli.command_report import report_command
 from adaptkit.cli.command_resume import resume_command
 from adaptkit.cli.failure import describe, report_failure
 from adaptkit.errors import did_you_mean
@@ -67,5 +72,14 @@ def main() -> None:
     """
 
 
-for command in (adapt_command, probe_command, resume_command):
+for command in (
+    demo_command,
+    check_command,
+    adapt_command,
+    resume_command,
+    report_command,
+    probe_command,
+    backbones_command,
+    recipes_command,
+):
     main.add_command(command)

@@ -12,6 +12,7 @@ from adaptkit.cli.execute import execute
 from adaptkit.cli.options import as_json, overrides, quiet, setting
 from adaptkit.errors import UsageError
 from adaptkit.recipe import Recipe, load_recipe, recipe_names
+from adaptkit.requirement import check_wishes
 
 
 @click.command("adapt", short_help="Adapt a backbone to a folder of images.")
@@ -29,6 +30,7 @@ from adaptkit.recipe import Recipe, load_recipe, recipe_names
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")
 @setting("epochs")
 @setting("steps")
+@setting("budget")
 @setting("batch_size")
 @setting("lr")
 @setting("workers")
@@ -42,6 +44,7 @@ from adaptkit.recipe import Recipe, load_recipe, recipe_names
 @setting("seed")
 @setting("precision")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take; write nothing.")
 @as_json
 @quiet
 def adapt_command(
@@ -49,6 +52,7 @@ def adapt_command(
     recipe: str,
     assignments: tuple[str, ...],
     overwrite: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **flags: Any,
@@ -61,11 +65,36 @@ def adapt_command(
     Precedence: defaults, then the recipe, then options and --set. A run is repeated with `--recipe RUN/recipe.yaml`.
     """
     resolved = complete(load_recipe(recipe, overrides(flags), assignments))
+    if output == "":
+        raise UsageError("--output is empty; give it a folder, or leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and output is None:
         raise UsageError("several processes need one run directory; give --output FOLDER")
+    check_wishes(resolved)
+    folder = Path(output) if output is not None else None
+    if dry_run:
+        rehearse(resolved, folder, overwrite, as_json, quiet)
+        return
     from adaptkit.run import Run  # here, because `adaptkit --help` needs none of it
 
-    execute(Run.create(resolved, Path(output) if output is not None else None, overwrite), as_json, quiet)
+    execute(Run.create(resolved, folder, overwrite), as_json, quiet)
+
+
+def rehearse(recipe: Recipe, output: Path | None, overwrite: bool, as_json: bool, quiet: bool) -> None:
+    """Everything that `adapt` checks before its first step, and a forecast instead of the steps."""
+    from adaptkit.cli.console import RichReporter
+    from adaptkit.cli.summary import print_document, print_forecast
+    from adaptkit.run import check_output
+
+    if output is not None:
+        check_output(output, overwrite)
+    with RichReporter(quiet) as reporter:
+        from adaptkit.estimate import dry_run  # imports torch
+
+        document = dry_run(recipe, reporter)
+    if as_json:
+        print_document(document)
+    else:
+        print_forecast(document)
 
 
 def complete(recipe: Recipe) -> Recipe:
@@ -73,6 +102,6 @@ def complete(recipe: Recipe) -> Recipe:
     or the images are not given."""
     if not recipe.backbone:
         raise UsageError("no backbone; give --backbone NAME, or `backbone:` in the recipe")
-    if not recipe.data:
+    if not recipe.data.path:
         raise UsageError("no images; give --data FOLDER, or `data:` in the recipe")
     return recipe.with_absolute_paths()

@@ -29,7 +29,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 @setting("pretrained")
 @setting("allow_missing")
 @setting("readout")
-@setting("seed")
+@setting("seed", type=click.IntRange(min=0))
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the embeddings."
 )
@@ -40,7 +40,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
     show_default=True,
     help="Images per forward pass.",
 )
-@setting("workers")
+@setting("workers", type=click.IntRange(min=0))
+@setting("scale")
 @as_json
 @quiet
 def probe_command(

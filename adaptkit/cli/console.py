@@ -80,7 +80,8 @@ class RichReporter:
     def load_report(self, report: LoadReport) -> None:
         """How the weights matched, and which weights they were."""
         sha256 = f", sha256 {report.sha256[:12]}" if report.sha256 else ""
-        self._line(f"weights {report.source}{sha256}: {len(report.matched)} parameters matched")
+        layout = "" if report.layout == "timm" else f", {report.layout} layout"
+        self._line(f"weights {report.source}{sha256}{layout}: {len(report.matched)} parameters matched")
         for what, names, style in (
             ("resampled to this size", report.resampled, ""),
             ("not in the weights, drawn at random", report.missing, "yellow"),
@@ -158,6 +159,7 @@ def _numbers(metrics: Mapping[str, float]) -> str:
     parts = {
         "loss": "loss {:.3f}",
         "bit_agreement": "agree {:.0f}%",
+        "agreement": "agree {:.0f}%",
         "bit_information": "info {:.2f}",
         "images_per_second": "{:.0f} img/s",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ def execute(run: Run, as_json: bool, quiet: bool) -> None:
     """
     from adaptkit.cli.console import RichReporter, is_main_process  # here, because `adaptkit --help` needs none of it
 
-    finished, unwanted = _written_report(run), None
+    finished, unwanted = run.read_json("report.json"), None
     if finished is not None:  # the report is written last: only showing it is left to do
         _show(run, finished, _unwanted(finished), as_json)
         return
@@ -36,7 +35,7 @@ def execute(run: Run, as_json: bool, quiet: bool) -> None:
 
             report = run_adaptation(run, reporter).report
     except (GainNotMet, Collapsed) as error:
-        written = _written_report(run)
+        written = run.read_json("report.json")
         if written is None:
             raise
         report, unwanted = written, error
@@ -61,11 +60,3 @@ def _show(run: Run, report: dict[str, Any], unwanted: AdaptkitError | None, as_j
         print_run(report, run.path)
     if unwanted and failure:
         raise click.exceptions.Exit(report_failure(unwanted, failure, as_json=False))
-
-
-def _written_report(run: Run) -> dict[str, Any] | None:
-    file = run.path / "report.json"
-    if not file.is_file():
-        return None
-    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
-    return report

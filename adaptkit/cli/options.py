@@ -9,17 +9,19 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from adaptkit.errors import UsageError
 from adaptkit.recipe import FLAGS, Recipe
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 METAVARS = {
     "backbone": "NAME|FOLDER",
-    "data": "FOLDER",
+    "data": "FOLDER|LIST",
     "labels": "FOLDER|CSV",
     "weights": "FILE",
     "require_gain": "METRIC>=POINTS",
     "max_bad": "COUNT|PERCENT",
+    "budget": "TIME",
     "allow_missing": "GLOB",
 }
 
@@ -59,7 +61,13 @@ def field_of(key: str) -> FieldInfo:
 
 
 def overrides(flags: dict[str, Any]) -> dict[str, Any]:
-    """Values of `setting` options -> dotted keys of the recipe, those that were given."""
+    """Values of `setting` options -> dotted keys of the recipe, those that were given. Raises UsageError.
+
+    An empty text is what a script passes when its variable is unset: leaving a gate out in silence would be worse.
+    """
+    for name, value in flags.items():
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            raise UsageError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
     return {FLAGS.get(name, name): value for name, value in flags.items() if value not in (None, ())}
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+import yaml
 from rich.text import Text
 
-from adaptkit.cli.console import StreamConsole, drop_output, is_main_process
+from adaptkit.cli.console import StreamConsole, clock, drop_output, is_main_process
 from adaptkit.cli.failure import one_line
-from adaptkit.report.markdown import INTERVALS, LABEL_FREE, is_original, metric_order, snippet
+from adaptkit.cli.listing import line as _line
+from adaptkit.cli.listing import table as _table
+from adaptkit.report.markdown import INTERVALS, LABEL_FREE, is_original, loads_in_timm, metric_order, snippet
 from adaptkit.report.numbers import change_text, score_text
 
 VERDICT_STYLES = {"improved": "bold green", "collapsed": "bold red"}
@@ -51,10 +53,12 @@ def print_run(report: Mapping[str, Any], run: Path) -> None:
     _line(console, f"export    {run / 'backbone'}")
     _line(console, f"report    {run / 'report.md'}")
     _line(console, "")
-    for line in snippet(str(run / "backbone")).splitlines():
+    by_timm = loads_in_timm(report)
+    for line in snippet(str(run / "backbone"), by_timm).splitlines():
         _line(console, f"    {line}" if line else "")
-    _line(console, "")
-    _line(console, "Without pretrained=True timm gives random weights.")
+    if by_timm:
+        _line(console, "")
+        _line(console, "Without pretrained=True timm gives random weights.")
 
 
 def print_probe(document: Mapping[str, Any]) -> None:
@@ -80,16 +84,22 @@ def print_probe(document: Mapping[str, Any]) -> None:
     _line(console, f"{sizes}{classes}, seed {document['seed']}. {INTERVALS}", "dim", wrap=True)
 
 
-def _line(console: StreamConsole, text: str, style: str = "", wrap: bool = False) -> None:
-    """A line of text that may hold anything; unless `wrap`, it is left whole for copying."""
-    console.print(Text(one_line(text) if text.strip() == text else "    " + one_line(text), style), soft_wrap=not wrap)
-
-
-def _table(console: StreamConsole, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for number, title in enumerate(header):
-        table.add_column(title, overflow="fold", no_wrap=number == 0)  # a number is never cut, a name never split
-    for row in rows:
-        table.add_row(*(Text(one_line(cell)) for cell in row))
-    console.print(table)
+def print_forecast(document: Mapping[str, Any]) -> None:
+    """What `adapt --dry-run` found: the recipe as YAML, and the plan."""
+    console, plan, data = StreamConsole(sys.stdout), document["plan"], document["data"]
+    for line in yaml.safe_dump(document["recipe"], sort_keys=False, allow_unicode=True).splitlines():
+        console.print(Text(one_line(line) if line.strip() == line else line), soft_wrap=True)
     _line(console, "")
+    _line(console, "Dry run: nothing was written.", "bold")
+    labels = data["labels"]
+    rows = [
+        ("images", f"{data['train']:,} to train on, {data['selection']:,} to select, {data['report']:,} to report"),
+        ("labels", f"{labels['gallery']:,} gallery, {labels['selection']:,} + {labels['report']:,} queries")
+        if labels
+        else ("labels", "none: the verdict will claim nothing about accuracy"),
+        ("steps", f"{plan['steps']:,} of {plan['batch_size']} images ({plan['epochs']:.1f} epochs)"),
+        ("head", f"drawn {plan['head_draws']} time{'s' * (plan['head_draws'] != 1)}"),
+        ("time", f"about {clock(plan['seconds'])} on {plan['device']}, {plan['step_seconds']:.2f} s a step"),
+        ("memory", f"about {plan['peak_bytes'] / 2**30:.1f} GiB" if plan["peak_bytes"] else "not known here"),
+    ]
+    _table(console, ("", ""), rows)

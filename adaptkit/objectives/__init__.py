@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from adaptkit.objectives.bits import Bits
-from adaptkit.objectives.objective import Losses, Objective
-from adaptkit.recipe import ObjectiveSettings
+from adaptkit.objectives.dino import Dino
+from adaptkit.objectives.objective import Health, Losses, Objective
+from adaptkit.objectives.simdino import SimDino
+from adaptkit.schedules import Plan
+from adaptkit.settings import ObjectiveSettings
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {"bits": Bits}
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Plan], Objective]] = {
+    "bits": Bits,
+    "simdino": SimDino,
+    "dino": Dino,
+}
 
-__all__ = ["OBJECTIVES", "Losses", "Objective"]
+__all__ = ["OBJECTIVES", "Health", "Losses", "Objective"]

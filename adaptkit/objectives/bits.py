@@ -6,28 +6,40 @@ L = L_bce - beta * gamma * R        (arXiv 2602.09764; method and constants are 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from adaptkit.objectives.coding_rate import coding_rate, num_processes, rate_weight
 from adaptkit.objectives.head import ProjectionHead
-from adaptkit.objectives.objective import Losses
-from adaptkit.recipe import ObjectiveSettings
+from adaptkit.objectives.objective import Health, Losses
+from adaptkit.objectives.pairs import sum_over_other_views
+from adaptkit.schedules import Plan
+from adaptkit.settings import ObjectiveSettings
 
 LIVE_MINORITY = 0.01  # a bit is live when its rarer value has at least this share
+MIN_BIT_ENTROPY = 0.05  # bits per bit; a healthy channel has 0.6 to 1
+MIN_LIVE_SHARE = 0.05  # of the bits
+MIN_INFORMATION = 0.005  # bits per bit between student and teacher; at 0 the code is noise
 
 
 class Bits:
-    """The discrete objective; see `Objective` for the shapes."""
+    """The discrete objective; see `Objective` for the shapes. Nothing of it changes over a run."""
 
-    def __init__(self, settings: ObjectiveSettings) -> None:
+    def __init__(self, settings: ObjectiveSettings, plan: Plan | None = None) -> None:
         self.settings = settings
+        self.balance: str = settings.balance
+        self.state: dict[str, Tensor] = {}
 
     def build_head(self, embed_dim: int) -> ProjectionHead:
         """(N, embed_dim) -> (N, num_bits)."""
         return ProjectionHead(embed_dim, self.settings.num_bits, self.settings.hidden_dim)
+
+    def frozen(self, head: nn.Module, age: int) -> tuple[nn.Parameter, ...]:
+        """Nothing."""
+        return ()
 
     def __call__(self, student: Tensor, teacher: Tensor, step: int) -> Losses:
         """Student logits (V, N, B) and teacher logits (G, N, B), float32 -> losses and bit counts."""
@@ -46,33 +58,33 @@ class Bits:
         scalars = {name: float(sums[name]) / num_steps for name in ("loss", "bce", "coding_rate")}
         return scalars | bit_measures(sums)
 
+    def health(self, record: Mapping[str, float]) -> Health:
+        """Dead when bits are constant, or when the student's say nothing about the teacher's."""
+        information, bit_entropy, live = record["bit_information"], record["bit_entropy"], record["live_bits"]
+        dead = (
+            bit_entropy < MIN_BIT_ENTROPY
+            or live < MIN_LIVE_SHARE * self.settings.num_bits
+            or information < MIN_INFORMATION
+        )
+        measures = f"information {information:.3f}, entropy {bit_entropy:.3f}, {live:.0f} live bits"
+        return Health(information, f"the code collapsed: {measures}" if dead else None)
+
 
 def bit_cross_entropy(student: Tensor, codes: Tensor) -> Tensor:
     """Mean BCE over all pairs (teacher view i, student view j != i), images and bits.
 
-    (V, N, B) logits, (G, N, B) codes -> scalar. BCE(a, z) = softplus(a) - a z, so the sum over i needs only the
-    sum of the codes, and no (G, V, N, B) tensor is built.
+    (V, N, B) logits, (G, N, B) codes -> scalar. BCE(a, z) = softplus(a) - a z is linear in the code.
     """
-    num_targets, others = _sum_over_other_views(student, codes)
+    num_targets, others = sum_over_other_views(student, codes)
     total = (num_targets * softplus(student)).sum() - (student * others).sum()
     return total / (num_targets.sum() * student.shape[1] * student.shape[2])
-
-
-def _sum_over_other_views(student: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """How many codes each student view is compared with, (V, 1, 1), and their sum, (V, N, B)."""
-    num_views, num_global = student.shape[0], codes.shape[0]
-    others = codes.sum(0).expand_as(student).clone()
-    others[:num_global] -= codes
-    num_targets = torch.full((num_views, 1, 1), float(num_global), device=student.device)
-    num_targets[:num_global] -= 1
-    return num_targets, others
 
 
 @torch.no_grad()
 def bit_counts(student: Tensor, codes: Tensor) -> dict[str, Tensor]:
     """Per-bit counts over the pairs of `bit_cross_entropy`: both 1, student 1, teacher 1 (B,), and pairs ()."""
     bits = (student > 0).float()
-    num_targets, others = _sum_over_other_views(student, codes)
+    num_targets, others = sum_over_other_views(student, codes)
     num_partners = student.shape[0] - 1  # student views that each code is compared with
     return {
         "both_ones": (bits * others).sum((0, 1), dtype=torch.float64),

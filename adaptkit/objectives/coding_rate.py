@@ -49,13 +49,19 @@ def coding_rate(logits: Tensor, eps: float = 0.5, centre: bool = True) -> Tensor
     """(N, B) logits of this process -> scalar coding rate of the global batch, nats.
 
     `centre` subtracts the global mean of A's rows, so that the rate is of their covariance (the paper's
-    Cov[a / ||a||]); without it an offset shared by all images counts as volume. float32 in and out: call it
-    outside autocast. If the Cholesky factor fails, eps is doubled, at most three times; then the rate is NaN
+    Cov[a / ||a||]); without it an offset shared by all images counts as volume.
+    """
+    return rate_of_rows(torch.nn.functional.normalize(logits.float(), dim=1), eps, centre)
+
+
+def rate_of_rows(rows: Tensor, eps: float, centre: bool) -> Tensor:
+    """The coding rate of the rows as they are, (N, B) float32 -> scalar, nats.
+
+    Call it outside autocast. If the Cholesky factor fails, eps is doubled, at most three times; then the rate is NaN
     and the loop's divergence check takes over.
     """
-    num_images = logits.shape[0] * num_processes()
-    num_bits = logits.shape[1]
-    rows = torch.nn.functional.normalize(logits.float(), dim=1)  # (N, B)
+    num_images = rows.shape[0] * num_processes()
+    num_bits = rows.shape[1]
     moments = all_reduce_sum(torch.cat([rows.T @ rows, rows.sum(0, keepdim=True)]))  # (B + 1, B), one message
     gram, total = moments[:-1], moments[-1]
     if centre:

@@ -13,7 +13,7 @@ from adaptkit.backbones import Backbone
 from adaptkit.embedding import Embedder
 from adaptkit.loading import start_worker
 from adaptkit.probes.views import view_retrieval
-from adaptkit.recipe import ViewSettings
+from adaptkit.settings import ViewSettings
 from adaptkit.sources import BadImage, ImageSource
 from adaptkit.views import MultiCrop, photometric
 

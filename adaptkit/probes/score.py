@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.embedding import Embeddings
-from adaptkit.errors import BackboneError, DataError
+from adaptkit.errors import DataError, NotFinite
 from adaptkit.probes.intervals import bootstrap
 
 
@@ -29,11 +29,11 @@ def percent_score(shares: Tensor) -> Score:
 
 
 def check_finite(embeddings: Embeddings) -> None:
-    """Raises DataError when there is nothing to score, BackboneError when a vector is not finite."""
+    """Raises DataError when there is nothing to score, NotFinite when a vector is not finite."""
     if len(embeddings.vectors) == 0:
         raise DataError("no image to score; give the probe at least one")
     if not bool(torch.isfinite(embeddings.vectors).all()):
-        raise BackboneError("the embeddings contain NaN or infinity; the weights are damaged or training diverged")
+        raise NotFinite("the embeddings contain NaN or infinity; the weights are damaged or training diverged")
 
 
 def labels_of(gallery: Embeddings, queries: Embeddings) -> tuple[Tensor, Tensor, int]:

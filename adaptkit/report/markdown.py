@@ -41,9 +41,17 @@ def metric_order(report: Mapping[str, Any]) -> list[str]:
     return [report["primary_metric"], *names] if report["primary_metric"] in probes["before"] else names
 
 
-def snippet(backbone: str) -> str:
+def snippet(backbone: str, by_timm: bool = True) -> str:
     """Python that loads an export. Used by the report and the console, so that both stay true together."""
+    if not by_timm:  # a module of the user's own class
+        weights = repr(f"{backbone}/model.safetensors")
+        return f"from safetensors.torch import load_file\nmodule.load_state_dict(load_file({weights}))"
     return f"import timm\nbackbone = timm.create_model({'local-dir:' + backbone!r}, pretrained=True, num_classes=0)"
+
+
+def loads_in_timm(report: Mapping[str, Any]) -> bool:
+    """Whether the export is a network of timm's, not a module of the user's own class."""
+    return (report.get("backbone") or {}).get("architecture") != ""
 
 
 def escape(text: object) -> str:
@@ -189,8 +197,10 @@ def _training(report: Mapping[str, Any]) -> list[str]:
 
 def _loading(report: Mapping[str, Any]) -> list[str]:
     backbone = visible(str((report.get("files") or {}).get("backbone", "backbone")))
-    note = "`RUN` is the folder of this report. Without `pretrained=True` timm gives random weights."
-    return ["## Load it", block(snippet(f"RUN/{backbone}"), "python"), note]
+    by_timm = loads_in_timm(report)
+    note = "`RUN` is the folder of this report."
+    note += " Without `pretrained=True` timm gives random weights." if by_timm else " `module` is yours."
+    return ["## Load it", block(snippet(f"RUN/{backbone}", by_timm), "python"), note]
 
 
 def _recipe(recipe: Mapping[str, Any]) -> list[str]:

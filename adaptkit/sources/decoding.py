@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import PREFIXES, TiffImageFile
 
 from adaptkit.errors import AdaptkitError
+from adaptkit.sources.pixels import DEEP, LOW_BYTES, Scale, bits_per_channel, deep_to_8_bit, raw_mode, to_rgb
 from adaptkit.sources.source import BadImage
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else PIL's remarks on odd files reach the terminal
 
 MAX_PIXELS = 178_956_970
 """More is a decompression bomb. Our own limit: PIL's is a global that other code switches off."""
@@ -20,9 +30,17 @@ DRAFT_SIDE = 448
 """DCT-scaled decoding keeps the short side at least this long, so it starts at twice this."""
 
 # Files are often misnamed, so the content decides; decoders that call other programs stay out of reach.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
-ORIENTATION_TAG = 0x0112
+# Left out: old-style JPEG, ThunderScan, SGI and other historic codecs that nobody tests any more.
+TIFF_COMPRESSIONS = {"raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "jpeg"}
+TIFF_COMPRESSIONS |= {"tiff_ccitt", "group3", "group4", "zstd", "lzma"}
+
+# libtiff gives numbers in the machine's byte order, but PIL unpacks these as big-endian.
+NATIVE_ORDER = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
+
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, TILE_WIDTH, TILE_LENGTH, SAMPLE_FORMAT = 258, 262, 284, 322, 323, 339
+ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,34 +52,118 @@ UPRIGHT = {
 }
 
 
-def decode(path: Path, *, min_side: int = 8) -> Image.Image:
-    """Read one image file as 8-bit RGB with its EXIF orientation applied.
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the header of an image file says; the pixels may still be damaged."""
+
+    width: int  # as stored; only a TIFF is already upright
+    height: int
+    mode: str  # PIL's: L, RGB, I;16, ...
+    bits: int  # per channel: 1, 8, 12, 16 or 32
+    format: str  # JPEG, PNG, ...
+    more_frames: bool  # only the first one is used
+
+
+def decode(path: Path, *, min_side: int = 8, scale: Scale = "range") -> Image.Image:
+    """Read the first frame of one image file as 8-bit RGB with its EXIF orientation applied.
 
     A JPEG whose short side is at least 896 px is decoded at 1/2, 1/4 or 1/8 scale with the short side still at least
-    448 px. 16-bit grey is scaled by its whole range, transparency is laid over white. Raises `BadImage` for a
-    file that is missing, truncated, no image, smaller than `min_side` px, or larger than `MAX_PIXELS`.
+    448 px. Transparency is laid over white. Images of more than 8 bits a channel are scaled:
+    `range`: 12 and 16 bits by the range of the type; floats and 32-bit integers, which hardly ever use theirs, as 0..1
+    if all values lie in it, else as 0..255 if they lie in that, else by the image's own minimum and maximum.
+    `percentile`: from the 1st to the 99th percentile of the image, of all channels together.
+    Raises `BadImage` for a file that is missing, truncated, no image, smaller than `min_side` px, larger than
+    `MAX_PIXELS`, or with pixels that are NaN or infinite.
     """
+    with _opened(path) as image:
+        if min(image.size) < min_side:
+            width, height = image.size
+            raise BadImage(str(path), f"{width} x {height} px is too small, at least {min_side} px a side are needed")
+        if isinstance(image, JpegImageFile):
+            _draft_(image)
+        raw = raw_mode(image)
+        image.load()
+        pixels: Image.Image = image
+        if DEEP.match(raw):
+            pixels = deep_to_8_bit(image, raw, scale, _low_bytes(path, raw) if scale == "percentile" else None)
+            pixels = _black_is_zero(pixels, image)
+        return _upright(to_rgb(pixels), _orientation(image))
+
+
+def image_facts(path: Path) -> ImageFacts:
+    """Read only the header of an image file. Raises `BadImage` when `decode` would refuse it for its kind or area."""
+    with _opened(path) as image:
+        width, height = image.size
+        mode, bits = image.mode, bits_per_channel(image)
+        kind = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # not MPO, which is JPEG as well
+        return ImageFacts(width, height, mode, bits, kind, _has_second_frame(image))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageFile]:
+    """The image, not loaded; whatever goes wrong inside the block is a `BadImage`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about sizes we check ourselves
-            with Image.open(path, formats=FORMATS) as image:
-                _check_size(image, str(path), min_side)
-                if isinstance(image, JpegImageFile):
-                    _draft_(image)
-                image.load()
-                return _upright(_to_rgb(image), _orientation(image))
+            # opened by us: PIL maps files that it opens into memory, and scrambles turned TIFFs while at it
+            with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+                _check_pixels(image.size, str(path))
+                if isinstance(image, TiffImageFile):
+                    _check_tiff(image, str(path))
+                    _mend_byte_order_(image)
+                yield image
     except (BadImage, AdaptkitError):  # the latter comes from a signal handler, not from the file
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything: SyntaxError, struct.error, ...
-        raise BadImage(str(path), _reason(error)) from error
+        raise BadImage(str(path), _reason(error, path)) from error
 
 
-def _check_size(image: Image.Image, path: str, min_side: int) -> None:
-    width, height = image.size
+def _check_pixels(size: tuple[int, int], path: str) -> None:
+    width, height = size
     if width * height > MAX_PIXELS:
         raise BadImage(path, f"{width} x {height} px is over the limit of {MAX_PIXELS:,} pixels")
-    if min(width, height) < min_side:
-        raise BadImage(path, f"{width} x {height} px is too small, at least {min_side} px a side are needed")
+
+
+def _check_tiff(image: TiffImageFile, path: str) -> None:
+    """Refuse the codecs nobody tests, tiles that are bombs, and what PIL would read as noise."""
+    tags = image.tag_v2
+    compression = str(image.info.get("compression"))
+    if compression not in TIFF_COMPRESSIONS:
+        raise BadImage(path, f"TIFF compression {compression} is not supported; save it with LZW or deflate")
+    _check_pixels((tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)), path)  # a tile may be larger than its image
+    planes = tags.get(PLANAR, 1) == 2 and len(image.getbands()) > 1
+    if planes and (image.mode not in ("RGB", "RGBA", "CMYK") or set(tags.get(BITS_PER_SAMPLE, ())) != {8}):
+        raise BadImage(path, f"TIFF with {image.mode} in separate planes is not supported; save it interleaved")
+    if image.mode == "L" and tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
+        raise BadImage(path, "TIFF with signed 8-bit pixels is not supported; save it unsigned")
+
+
+def _mend_byte_order_(image: TiffImageFile) -> None:
+    raw = raw_mode(image)
+    if image.tile[0][0] == "libtiff" and raw in NATIVE_ORDER:
+        _reread_as_(image, NATIVE_ORDER[raw])
+
+
+def _reread_as_(image: ImageFile, raw: str) -> None:
+    """Make PIL unpack the pixels as another raw mode."""
+    image.tile = [
+        tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in image.tile
+    ]
+
+
+def _low_bytes(path: Path, raw: str) -> NDArray[np.uint8] | None:
+    if raw not in LOW_BYTES:
+        return None
+    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+        _reread_as_(image, LOW_BYTES[raw])
+        return np.asarray(image)
+
+
+def _black_is_zero(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """PIL turns round 8-bit TIFFs in which 0 is white, but not the deep ones."""
+    if isinstance(image, TiffImageFile) and pixels.mode == "L" and image.tag_v2.get(PHOTOMETRIC) == 0:
+        return pixels.point(lambda level: 255 - level)
+    return pixels
 
 
 def _draft_(image: JpegImageFile) -> None:
@@ -69,20 +171,19 @@ def _draft_(image: JpegImageFile) -> None:
         image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))  # PIL takes the smallest scale that is not below this size
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey PNG (I;16; older Pillow: I), which convert("RGB") clips to white
-        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", layer.size, "white")
-        image.paste(layer, mask=layer.getchannel("A"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _has_second_frame(image: Image.Image) -> bool:
+    if isinstance(image, JpegImageFile):  # a camera's preview of the same picture
+        return False
+    try:
+        image.seek(1)
+    except Exception:  # EOFError; or damaged, but the first frame is all that counts
+        return False
+    return True
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata beside sound pixels: no reason to lose the image
         return 1
 
@@ -94,10 +195,22 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not a readable image file"
+        return "not a readable image file" + _tiff_hint(path)
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     text = " ".join(str(error).split())[:200]
+    if text.startswith("decoder error"):  # followed by a number of PIL's
+        return "the pixels are damaged or cut off"
     return text or type(error).__name__
+
+
+def _tiff_hint(path: Path) -> str:
+    """PIL calls a sound TIFF unidentified when it has, say, 64-bit floats or seven channels."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError:
+        return ""
+    return ": a TIFF that is damaged, or neither grey nor RGB of 8 or 16 bits" if start in PREFIXES else ""

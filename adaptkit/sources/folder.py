@@ -1,12 +1,10 @@
-"""A folder of images, or a list of files, held as a few numpy arrays."""
+"""Image files below one folder, held as a few numpy arrays."""
 
 from __future__ import annotations
 
 import os
-import stat
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -15,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from adaptkit.errors import DataError, MachineError
 from adaptkit.sources.decoding import decode
-from adaptkit.sources.source import BadImage, shown
-
-SUFFIXES = (b".jpg", b".jpeg", b".png")
+from adaptkit.sources.pixels import Scale
+from adaptkit.sources.scan import Scan
+from adaptkit.sources.source import BadImage
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +34,8 @@ class FolderSource:
     rows: NDArray[np.int64]  # (N,) which of the M files these are
     file_labels: NDArray[np.int64] | None = None  # (M,)
     class_names: tuple[str, ...] | None = None
+    scale: Scale = "range"  # of images of more than 8 bits, see `decode`
+    scan: Scan | None = None  # what the M files were found by
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +65,7 @@ class FolderSource:
     def read(self, index: int) -> Image.Image:
         """The image, RGB and upright; large JPEGs at reduced scale. Raises `BadImage` with the relative path."""
         try:
-            return decode(self.file(index))
+            return decode(self.file(index), scale=self.scale)
         except BadImage as error:
             raise BadImage(self.path(index), error.reason) from error
 
@@ -81,27 +80,7 @@ class FolderSource:
         return replace(self, file_labels=file_labels, class_names=class_names)
 
 
-def open_folder(root: str | Path) -> FolderSource:
-    """All JPEG and PNG files below `root` at any depth, by suffix, sorted by the bytes of their relative path.
-
-    Hidden files and folders are left out. Links to files are followed; links to folders are too, unless they lead into
-    or above `root` or to a folder already listed, so no loop and no image twice. A link that leads nowhere is listed:
-    reading it is a `BadImage`, not a silent loss. Raises `DataError` when `root` is missing, a file, or without
-    images, `MachineError` when a folder may not be listed.
-    """
-    root = Path(root)
-    if not root.exists():
-        raise DataError(f"{shown(root)}: no such folder; check the path")
-    if not root.is_dir():
-        raise DataError(f"{shown(root)}: is a file, not a folder of images")
-    others: Counter[str] = Counter()
-    source = from_files(root, _walk(root, others))
-    if not len(source):
-        raise DataError(f"{shown(root)}: no .jpg, .jpeg or .png file at any depth{_describe(others)}")
-    return source
-
-
-def from_files(root: Path, files: Iterable[tuple[bytes, int]]) -> FolderSource:
+def from_files(root: Path, files: Iterable[tuple[bytes, int]], scale: Scale = "range") -> FolderSource:
     """A source from (path relative to `root`, size in bytes), in the order given."""
     names, offsets, sizes = bytearray(), array("q", [0]), array("q")
     for name, size in files:
@@ -114,6 +93,7 @@ def from_files(root: Path, files: Iterable[tuple[bytes, int]]) -> FolderSource:
         offsets=np.array(offsets, dtype=np.int64),
         file_sizes=np.array(sizes, dtype=np.int64),
         rows=np.arange(len(sizes), dtype=np.int64),
+        scale=scale,
     )
 
 
@@ -125,65 +105,3 @@ def fingerprint(source: FolderSource) -> str:
     for path, index in paths:
         digest.update(b"%d\0%s\0" % (sizes[index], path))
     return digest.hexdigest()
-
-
-def _walk(root: Path, others: Counter[str]) -> Iterator[tuple[bytes, int]]:
-    """(relative path, size) in byte order of the path; suffixes of files that are no images are counted in `others`."""
-    base = os.fsencode(root)
-    real_root = os.path.realpath(base)
-    seen: set[tuple[int, int]] = set()
-    pending = [b""]  # a stack; folders end in "/", which also puts their content in path order among files
-    while pending:
-        name = pending.pop()
-        if name.endswith(b"/") or not name:
-            pending += sorted(_list_folder(base, name, real_root, seen), reverse=True)
-        elif name.lower().endswith(SUFFIXES):
-            size = _file_size(os.path.join(base, name))
-            if size is not None:
-                yield name, size
-        else:
-            others[os.fsdecode(os.path.splitext(name)[1].lower())] += 1
-
-
-def _list_folder(base: bytes, folder: bytes, real_root: bytes, seen: set[tuple[int, int]]) -> list[bytes]:
-    path = os.path.join(base, folder)
-    try:
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:
-            return []
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(path) as entries:
-            names = []
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                link = entry.is_symlink()
-                if not (os.path.isdir(entry.path) if link else entry.is_dir()):  # isdir: a link may lead to itself
-                    names.append(folder + entry.name)
-                elif not (link and _overlaps(os.path.realpath(entry.path), real_root)):
-                    names.append(folder + entry.name + b"/")
-            return names
-    except OSError as error:
-        raise MachineError(f"{shown(os.fsdecode(path))}: cannot be listed ({error.strerror})") from error
-
-
-def _overlaps(target: bytes, real_root: bytes) -> bool:
-    """Whether a link leads to the root, below it (listed there anyway) or above it (a loop)."""
-    below, above = os.path.join(real_root, b""), os.path.join(target, b"")
-    return above.startswith(below) or below.startswith(above)
-
-
-def _file_size(path: bytes) -> int | None:
-    """Bytes; 0 for a link that leads nowhere; None for what is no file: opening a pipe would wait for ever."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _describe(others: Counter[str]) -> str:
-    if not others:
-        return ""
-    kinds = ", ".join(shown(suffix) or "no suffix" for suffix, _ in others.most_common(3))
-    return f" (but {others.total()} other files: {kinds}; convert them to PNG or JPEG)"

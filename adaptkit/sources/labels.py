@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptkit.errors import DataError
-from adaptkit.sources.folder import FolderSource, from_files, open_folder
+from adaptkit.sources.folder import FolderSource, from_files
+from adaptkit.sources.images import open_folder
+from adaptkit.sources.lists import locate, read_table
+from adaptkit.sources.pixels import Scale
 from adaptkit.sources.source import ImageSource, hash_order, shown
 
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -28,23 +30,25 @@ class Labelled:
     explicit_split: bool  # given by the user, not drawn by us
 
 
-def open_labelled(data: str | Path, queries: str | Path | None = None, seed: int = 0) -> Labelled:
+def open_labelled(
+    data: str | Path, queries: str | Path | None = None, seed: int = 0, scale: Scale = "range"
+) -> Labelled:
     """Open class folders (the first part of the path is the class) or a `path,label` CSV.
 
     With `queries`, `data` is all gallery; with `train/` and `test/` inside, these are gallery and queries; otherwise
     every class is halved by hash of path and seed, the gallery getting the odd image. Raises `DataError` naming the
     first offender: missing file, image outside class folders, no header, fewer than two classes, class without
-    gallery.
+    gallery. `scale` is for images of more than 8 bits, see `decode`.
     """
     data = Path(data)
     if queries is not None:
         for side in (data, Path(queries)):
             if _has_train_and_test(side):
                 raise DataError(f"{shown(side)}: has train/ and test/ inside; name one of them, or leave --queries out")
-        return _given_split(data, Path(queries))
+        return _given_split(data, Path(queries), scale)
     if _has_train_and_test(data):
-        return _given_split(data / "train", data / "test")
-    source, names = _open(data)
+        return _given_split(data / "train", data / "test", scale)
+    source, names = _open(data, scale)
     source = _label(source, names, _class_names(names, data))
     gallery, held = _halve_classes(source, seed)
     if not len(held):
@@ -73,9 +77,9 @@ def halve(source: ImageSource, salt: str) -> tuple[NDArray[np.int64], NDArray[np
     return np.sort(by_class[0::2]), np.sort(by_class[1::2])
 
 
-def _given_split(data: Path, queries: Path) -> Labelled:
-    gallery, gallery_names = _open(data)
-    held, query_names = _open(queries)
+def _given_split(data: Path, queries: Path, scale: Scale) -> Labelled:
+    gallery, gallery_names = _open(data, scale)
+    held, query_names = _open(queries, scale)
     class_names = _class_names(gallery_names, data)
     known = set(class_names)
     for index, name in enumerate(query_names):
@@ -102,11 +106,11 @@ def _halve_classes(source: FolderSource, seed: int) -> tuple[NDArray[np.int64], 
     return np.sort(np.array(gallery, dtype=np.int64)), np.sort(np.array(queries, dtype=np.int64))
 
 
-def _open(path: Path) -> tuple[FolderSource, list[str]]:
+def _open(path: Path, scale: Scale = "range") -> tuple[FolderSource, list[str]]:
     """The images, without labels yet, and the name of each one's class."""
     if path.is_file():
-        return _read_list(path)
-    source = open_folder(path)
+        return _read_list(path, scale)
+    source = open_folder(path, scale)
     names = []
     for index in range(len(source)):
         name, slash, _ = source.path(index).partition("/")
@@ -122,49 +126,19 @@ def _open(path: Path) -> tuple[FolderSource, list[str]]:
     return source, names
 
 
-def _read_list(file: Path) -> tuple[FolderSource, list[str]]:
+def _read_list(file: Path, scale: Scale) -> tuple[FolderSource, list[str]]:
     """A CSV with the columns path and label; paths are absolute or relative to the file."""
     rows: dict[bytes, tuple[int, str]] = {}
-    try:
-        # surrogateescape: file names need not be UTF-8; utf-8-sig: spreadsheets write a byte order mark
-        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-            reader = csv.reader(lines)
-            columns = _columns(next(reader, []), file)
-            for row in reader:
-                if row:
-                    name, size, label = _read_row(row, columns, f"{shown(file)} line {reader.line_num}", file.parent)
-                    if name in rows:
-                        where = f"{shown(file)} line {reader.line_num}"
-                        raise DataError(f"{where}: {shown(os.fsdecode(name))} is listed twice; keep one")
-                    rows[name] = size, label
-    except (csv.Error, OSError) as error:
-        raise DataError(f"{shown(file)}: cannot be read as a path,label list ({error})") from None
+    for where, (path, label) in read_table(file, ("path", "label")):
+        name, size = locate(path, file.parent, file.parent, where)
+        if name in rows:
+            raise DataError(f"{where}: {shown(os.fsdecode(name))} is listed twice; keep one")
+        rows[name] = size, label
     if not rows:
         raise DataError(f"{shown(file)}: lists no image")
     names = sorted(rows)
-    return from_files(file.parent, ((name, rows[name][0]) for name in names)), [rows[name][1] for name in names]
-
-
-def _columns(header: Sequence[str], file: Path) -> tuple[int, int]:
-    words = [word.strip() for word in header]
-    if "path" not in words or "label" not in words:
-        first = shown(",".join(header))[:80]
-        raise DataError(f"{shown(file)}: the first line must be the header path,label and is {first!r}")
-    return words.index("path"), words.index("label")
-
-
-def _read_row(row: Sequence[str], columns: tuple[int, int], where: str, root: Path) -> tuple[bytes, int, str]:
-    """(path relative to `root` or absolute, size in bytes, class name)."""
-    if len(row) <= max(columns) or not all(row[column].strip() for column in columns):
-        raise DataError(f"{where}: {shown(','.join(row))!r} needs a path and a label")
-    path, label = row[columns[0]].strip(), row[columns[1]].strip()
-    file = root / path
-    if not file.is_file():
-        raise DataError(f"{where}: no such file {shown(file)}; paths are relative to the list's folder")
-    name = os.path.normpath(path)
-    if os.path.isabs(name) and Path(name).is_relative_to(root.absolute()):
-        name = os.path.relpath(name, root.absolute())
-    return os.fsencode(name.replace(os.sep, "/")), file.stat().st_size, label
+    source = from_files(file.parent, ((name, rows[name][0]) for name in names), scale)
+    return source, [rows[name][1] for name in names]
 
 
 def _class_names(names: Sequence[str], path: Path) -> tuple[str, ...]:

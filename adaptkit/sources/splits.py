@@ -42,7 +42,7 @@ def split(source: ImageSource, split_by: Literal["file", "folder"]) -> Split:
     """
     num_images = len(source)
     if num_images < MIN_IMAGES:
-        raise DataError(f"{num_images} images are too few to split; at least {MIN_IMAGES} are needed")
+        raise DataError(f"{num_images} images are too few to split; at least {MIN_IMAGES} are needed, add some")
     share = 0.15 if num_images < 500 else 0.10
     count = min(max(round(share * num_images), MIN_HELD_OUT), MAX_HELD_OUT)
     paths = [source.path(index) for index in range(num_images)]
@@ -61,8 +61,7 @@ def _by_folder(paths: list[str], order: NDArray[np.int64], count: int) -> Parts:
         members.setdefault(paths[index].rpartition("/")[0], []).append(index)
     if len(members) < 3:
         raise DataError(
-            f"split_by folder needs images in at least 3 folders and found {len(members)}; "
-            "use --set sources.split_by=file"
+            f"split_by folder needs images in at least 3 folders and found {len(members)}; use --set data.split_by=file"
         )
     names = list(members)
     folders = [members[names[index]] for index in hash_order(names, SALT)]

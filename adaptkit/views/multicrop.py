@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from adaptkit.recipe import ViewSettings
+from adaptkit.settings import ViewSettings
 from adaptkit.views.photometric import NEUTRAL, ORDERS
 
 ASPECT = (3 / 4, 4 / 3)

@@ -41,8 +41,12 @@ class Recipe(Settings):
         DataSettings,
         BeforeValidator(path_from_text, json_schema_input_type=DataSettings | str | tuple[str, ...]),
     ] = DataSettings()
-    labels: Annotated[str | None, BeforeValidator(none_from_text)] = Field(None, description="labelled images")
-    weights: Annotated[str | None, BeforeValidator(none_from_text)] = Field(None, description="weights file")
+    labels: Annotated[str | None, BeforeValidator(none_from_text)] = Field(
+        None, description="labelled images that score and choose the checkpoint; never trained on"
+    )
+    weights: Annotated[str | None, BeforeValidator(none_from_text)] = Field(
+        None, description="weights file to use instead of the backbone's own"
+    )
     allow_missing: tuple[str, ...] = Field((), description="backbone parameters that may be missing (globs)")
     pretrained: bool = Field(True, description="start from pretrained weights")
     readout: Literal["auto", "cls", "mean", "pool"] = Field("auto", description="how tokens become the embedding")

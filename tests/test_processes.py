@@ -46,15 +46,18 @@ def test_two_processes_train_as_one(vit: Path, images: Path, tmp_path: Path) -> 
                 assert theirs[key] == pytest.approx(mine[key], rel=1e-4, abs=1e-6), key
     original = load_file(vit / "model.safetensors")
     first, second = (load_file(path / "checkpoints" / "last.safetensors") for path in (one, run))
-    moved = max(float((first[f"student.backbone.{name}"] - original[name]).abs().max()) for name in original)
-    apart = max(float((first[name] - second[name]).abs().max()) for name in original_names(first))
-    assert apart < 0.02 * moved, f"weights moved by {moved:.1e} and are {apart:.1e} apart"
+    names = [f"student.backbone.{name}" for name in original]
+    moved = length([first[f"student.backbone.{name}"] - value for name, value in original.items()])
+    apart = length([first[name] - second[name] for name in names])
+    # not entry by entry: where a gradient is nearly 0, Adam turns a difference of rounding into one of its direction
+    assert apart < 1e-3 * moved, f"weights moved by {moved:.1e} and are {apart:.1e} apart"
     resumed = launch("resume", run, "--quiet")
     assert resumed.returncode == 0, resumed.stderr
 
 
-def original_names(tensors: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name in tensors if name.startswith(("student.", "teacher."))]
+def length(changes: list[torch.Tensor]) -> float:
+    """Euclidean, over all tensors together."""
+    return float(torch.cat([change.flatten().double() for change in changes]).norm())
 
 
 @pytest.mark.slow

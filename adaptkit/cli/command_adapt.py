@@ -9,40 +9,15 @@ from typing import Any
 import click
 
 from adaptkit.cli.execute import execute
-from adaptkit.cli.options import as_json, overrides, quiet, setting
+from adaptkit.cli.options import as_json, overrides, quiet, recipe_options
 from adaptkit.errors import UsageError
-from adaptkit.recipe import Recipe, load_recipe, recipe_names
+from adaptkit.recipe import Recipe, load_recipe
 from adaptkit.requirement import check_wishes
 
 
 @click.command("adapt", short_help="Adapt a backbone to a folder of images.")
-@setting("backbone")
-@setting("data")
+@recipe_options
 @click.option("--output", metavar="FOLDER", help="The run directory.  [default: runs/ and a name from the data]")
-@setting("labels")
-@click.option(
-    "--recipe",
-    default="bits-reset",
-    show_default=True,
-    metavar="NAME|FILE.yaml",
-    help=f"Where the settings come from ({', '.join(recipe_names()) or 'a file'}).",
-)
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")
-@setting("epochs")
-@setting("steps")
-@setting("budget")
-@setting("batch_size")
-@setting("lr")
-@setting("workers")
-@setting("select")
-@setting("require_gain")
-@setting("max_bad")
-@setting("weights")
-@setting("pretrained")
-@setting("allow_missing")
-@setting("readout")
-@setting("seed")
-@setting("precision")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take; write nothing.")
 @as_json

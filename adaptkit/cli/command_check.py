@@ -8,29 +8,12 @@ import click
 
 from adaptkit.cli.command_adapt import complete
 from adaptkit.cli.failure import describe, report_failure
-from adaptkit.cli.options import as_json, overrides, quiet, setting
+from adaptkit.cli.options import as_json, overrides, quiet, recipe_options
 from adaptkit.recipe import load_recipe
 
 
 @click.command("check", short_help="Find what would spoil a run, before it begins.")
-@setting("backbone")
-@setting("data")
-@setting("labels")
-@click.option("--recipe", default="bits-reset", show_default=True, metavar="NAME|FILE.yaml", help="As for `adapt`.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")
-@setting("epochs")
-@setting("steps")
-@setting("budget")
-@setting("batch_size")
-@setting("workers")
-@setting("select")
-@setting("max_bad")
-@setting("weights")
-@setting("pretrained")
-@setting("allow_missing")
-@setting("readout")
-@setting("seed")
-@setting("precision")
+@recipe_options
 @as_json
 @quiet
 def check_command(recipe: str, assignments: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> None:

@@ -10,7 +10,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from adaptkit.errors import UsageError
-from adaptkit.recipe import FLAGS, Recipe
+from adaptkit.recipe import FLAGS, Recipe, recipe_names
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -24,6 +24,10 @@ METAVARS = {
     "budget": "TIME",
     "allow_missing": "GLOB",
 }
+
+WHAT = ("backbone", "data", "labels")
+HOW = ("epochs", "steps", "budget", "batch_size", "lr", "workers", "select", "require_gain", "max_bad")
+LOADING = ("weights", "pretrained", "allow_missing", "readout", "seed", "precision")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 quiet = click.option("--quiet", is_flag=True, help="No progress and no notes; only the result and errors.")
@@ -48,6 +52,24 @@ def setting(name: str, **changes: Any) -> Decorator:
     else:
         options["type"] = kind
     return click.option(flag, name, **options | changes)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command takes that resolves a recipe: what to adapt, the recipe, and settings on top of it."""
+    recipe = click.option(
+        "--recipe",
+        default="bits-reset",
+        show_default=True,
+        metavar="NAME|FILE.yaml",
+        help=f"Where the settings come from ({', '.join(recipe_names()) or 'a file'}).",
+    )
+    assignments = click.option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the recipe; repeatable."
+    )
+    options = [*map(setting, WHAT), recipe, assignments, *map(setting, HOW), *map(setting, LOADING)]
+    for option in reversed(options):  # the last one applied is the first one shown
+        command = option(command)
+    return command
 
 
 def field_of(key: str) -> FieldInfo:

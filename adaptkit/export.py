@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from torch import nn
 from adaptkit.backbones import Backbone, load_backbone, save_backbone
 from adaptkit.checkpoints import save_tensors
 from adaptkit.embedding import Embedder
-from adaptkit.sources import FolderSource
+from adaptkit.sources import FolderSource, evenly_spaced
 
 NUM_COMPARED = 64
 TOLERANCE = 1e-4  # relative to the largest entry; a GPU may choose other kernels, a CPU gives 0
@@ -26,8 +25,7 @@ def export_backbone(backbone: Backbone, folder: Path, images: FolderSource, embe
     Returns the largest difference relative to the largest entry. Raises `RuntimeError` (a bug) if it is not tiny.
     """
     save_backbone(backbone, folder)
-    spread = np.linspace(0, len(images) - 1, min(NUM_COMPARED, len(images)))  # one bad folder must not be all of it
-    sample = images.subset(spread.astype(np.int64))
+    sample = images.subset(evenly_spaced(len(images), NUM_COMPARED))  # one bad folder must not be all of it
     ours = embedder(backbone, sample).vectors
     reloaded = _reloaded(backbone, folder)
     reloaded.module.to(next(backbone.module.parameters()).device)

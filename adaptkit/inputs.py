@@ -13,6 +13,7 @@ from adaptkit.recipe import Recipe
 from adaptkit.settings import DataSettings
 from adaptkit.sources import (
     FolderSource,
+    evenly_spaced,
     fingerprint,
     halve,
     load_index,
@@ -99,8 +100,8 @@ def _open_labels(recipe: Recipe) -> tuple[Scored | None, list[FolderSource]]:
     if recipe.labels is None:
         return None, []
     labelled = open_labelled(recipe.labels, scale=recipe.data.scale)
-    gallery = labelled.gallery.subset(_thin(len(labelled.gallery), recipe.probe.max_gallery))
-    queries = labelled.queries.subset(_thin(len(labelled.queries), recipe.probe.max_queries))
+    gallery = labelled.gallery.subset(evenly_spaced(len(labelled.gallery), recipe.probe.max_gallery))
+    queries = labelled.queries.subset(evenly_spaced(len(labelled.queries), recipe.probe.max_queries))
     selection, report = halve(queries, "queries")
     facts = {
         "path": recipe.labels,
@@ -113,11 +114,6 @@ def _open_labels(recipe: Recipe) -> tuple[Scored | None, list[FolderSource]]:
     scored = Scored(gallery, queries.subset(selection), queries.subset(report), facts)
     held_out = [labelled.queries] if labelled.explicit_split else [labelled.queries, labelled.gallery]
     return scored, held_out
-
-
-def _thin(count: int, limit: int) -> np.ndarray:
-    """Evenly spaced indices, at most `limit` of `count`: keeps the classes' shares, as files are sorted by class."""
-    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 def fit_batch_size(recipe: Recipe, num_images: int, num_processes: int) -> int:

@@ -29,10 +29,10 @@ from adaptkit.preflight import scan as scanning
 from adaptkit.preflight.findings import HELD_OUT, TRAIN, copies, few, memory, uneven
 from adaptkit.preflight.findings import tiny as tiny_images
 from adaptkit.preflight.likeness import near_copies, nearly_seen
-from adaptkit.preflight.scan import Look, evenly_spaced, scan
+from adaptkit.preflight.scan import Look, scan
 from adaptkit.preflight.worth import half_width
 from adaptkit.recipe import Recipe, load_recipe
-from adaptkit.sources import dhash, open_folder
+from adaptkit.sources import dhash, evenly_spaced, open_folder
 
 SOUND = 80
 TINY_CHECK = tiny(steps=2)

@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from adaptkit.sources import BadImage, FolderSource, ImageFacts, dhash, image_facts
+from adaptkit.sources import BadImage, FolderSource, ImageFacts, dhash, evenly_spaced, image_facts
 
 MAX_IMAGES = 5_000  # decoding a million takes hours: beyond this many, an evenly spaced sample is looked at
 MAX_THREADS = 8  # PIL decodes without holding Python's lock
@@ -100,11 +99,6 @@ def look_at(source: FolderSource, position: int, has_twin: bool) -> Look:
     thumbnail = grey.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX).tobytes()
     levels = _levels(grey) if facts.bits > 8 else 256
     return Look(position, path, facts, "", dhash(grey), thumbnail, digest, levels)
-
-
-def evenly_spaced(count: int, limit: int) -> NDArray[np.int64]:
-    """At most `limit` positions of `count`, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 def _levels(grey: Image.Image) -> int:

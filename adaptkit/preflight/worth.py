@@ -13,11 +13,11 @@ from adaptkit.backbones import MODULE, Backbone
 from adaptkit.embedding import Embedder
 from adaptkit.estimate import Forecast
 from adaptkit.inputs import Inputs
-from adaptkit.preflight.scan import evenly_spaced
 from adaptkit.probes.measure import measure_target
 from adaptkit.recipe import Recipe
 from adaptkit.report.document import scores_to_json
 from adaptkit.requirement import LABEL_METRIC
+from adaptkit.sources import evenly_spaced
 
 MAX_MEASURED = 500  # held-out images
 CHANGED_SHARE = 0.1  # of the answers, taken to differ between the original and an adapted backbone

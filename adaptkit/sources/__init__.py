@@ -7,6 +7,7 @@ from adaptkit.sources.decoding import image_facts as image_facts
 from adaptkit.sources.duplicates import dhash as dhash
 from adaptkit.sources.duplicates import near_duplicates as near_duplicates
 from adaptkit.sources.folder import FolderSource as FolderSource
+from adaptkit.sources.folder import evenly_spaced as evenly_spaced
 from adaptkit.sources.folder import fingerprint as fingerprint
 from adaptkit.sources.images import open_folder as open_folder
 from adaptkit.sources.images import open_images as open_images

@@ -97,6 +97,11 @@ def from_files(root: Path, files: Iterable[tuple[bytes, int]], scale: Scale = "r
     )
 
 
+def evenly_spaced(count: int, limit: int) -> NDArray[np.int64]:
+    """At most `limit` positions of `count`, first and last among them: of sorted files it keeps the folders' shares."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
+
+
 def fingerprint(source: FolderSource) -> str:
     """Hash of the sorted relative paths and sizes: changes when a file is added, removed, renamed or resized."""
     sizes = source.sizes

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from adaptkit.errors import AdaptkitError, MachineError
-from adaptkit.sources.folder import FolderSource
+from adaptkit.sources.folder import FolderSource, evenly_spaced
 from adaptkit.sources.images import common_root
 from adaptkit.sources.pixels import Scale
 from adaptkit.sources.scan import Scan, absolute, file_size, stamp
@@ -124,5 +124,5 @@ def _is_true(source: FolderSource) -> bool:
     for place, then in zip(source.scan.places.split(b"\0"), source.scan.stamps.tolist(), strict=True):
         if list(stamp(os.stat(place))) != then:
             return False
-    sample = np.linspace(0, len(source) - 1, min(len(source), SAMPLED_FILES)).round().astype(np.int64)
+    sample = evenly_spaced(len(source), SAMPLED_FILES)
     return all(file_size(os.fsencode(source.file(index))) == source.file_sizes[index] for index in sample.tolist())

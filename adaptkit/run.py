@@ -1,6 +1,6 @@
 """The run directory: made before torch is imported, so that even a failed start leaves a record.
 
-runs/NAME/  recipe.yaml  status.json  manifest.json  metrics.jsonl  bad_images.jsonl
+runs/NAME/  recipe.yaml  status.json  manifest.json  metrics.jsonl  bad_images.jsonl  images.index
             checkpoints/  backbone/  head.safetensors  report.json  report.md
 """
 

@@ -9,6 +9,7 @@ from adaptkit.recipe import Recipe
 from adaptkit.settings import DURATION
 
 MIN_REFIT_STEPS = 50
+COOLDOWN_SHARE, ANNEALING_SHARE = 0.3, 0.2  # of the run; the infinite schedule's in its authors' MAE scripts
 DEFAULT_MOMENTUM_SPAN = 10  # momentum starts at 1 - span / total_steps: short runs need a teacher that moves
 
 
@@ -35,6 +36,28 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, f
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return cosine(step - warmup_steps, total_steps - warmup_steps, peak, peak * final)
+
+
+def infinite_learning_rate(
+    step: int, total_steps: int, warmup_steps: int, peak: float, constant: float, final: float
+) -> float:
+    """Linear warm-up to `peak`, cosine to `peak * constant`, constant, exponential decay to `peak * final` (above 0).
+
+    The schedule of arXiv 2503.02844. Shares of the run are rounded to whole steps, so a run of 1 or 2 is not annealed.
+    Where the warm-up leaves too few steps, the annealing comes first; without any cooldown it starts from the peak.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    remaining = total_steps - warmup_steps
+    annealing = min(round(ANNEALING_SHARE * total_steps), remaining)
+    cooldown = min(round(COOLDOWN_SHARE * total_steps), remaining - annealing)
+    level = constant if cooldown else 1.0
+    if step < warmup_steps + cooldown:
+        return cosine(step - warmup_steps, cooldown + 1, peak, peak * level)
+    left = max(0, total_steps - 1 - step)
+    if left < annealing:
+        return peak * (math.pow(level, left / annealing) * math.pow(final, 1 - left / annealing))
+    return peak * level
 
 
 def ema_momentum(step: int, total_steps: int, start: float | None, end: float) -> float:
@@ -96,12 +119,18 @@ class Plan:
 
     def lr(self, step: int) -> float:
         """Learning rate of the backbone's last layer."""
-        optim = self.recipe.optim
-        return learning_rate(step, self.total_steps, self.lr_warmup, optim.lr, optim.final_lr)
+        return self._learning_rate(step, self.lr_warmup, self.recipe.optim.lr)
 
     def head_lr(self, step: int) -> float:
         """Learning rate of the head: no linear warm-up, as it starts from nothing after every draw."""
-        return learning_rate(step, self.total_steps, 0, self.recipe.head.lr, self.recipe.optim.final_lr)
+        return self._learning_rate(step, 0, self.recipe.head.lr)
+
+    def _learning_rate(self, step: int, warmup_steps: int, peak: float) -> float:
+        optim = self.recipe.optim
+        if optim.schedule == "infinite":
+            constant, final = optim.constant_lr, optim.final_lr
+            return infinite_learning_rate(step, self.total_steps, warmup_steps, peak, constant, final)
+        return learning_rate(step, self.total_steps, warmup_steps, peak, optim.final_lr)
 
     def weight_decay(self, step: int) -> float:
         """AdamW weight decay."""

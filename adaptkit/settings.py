@@ -150,15 +150,39 @@ class ViewSettings(Settings):
 
 
 class OptimSettings(Settings):
-    """AdamW with layer-wise decay of the learning rate and a cosine schedule."""
+    """AdamW with layer-wise decay of the learning rate and a cosine or an infinite schedule (arXiv 2503.02844).
 
+    To adapt an adapted backbone again at the constant rate, with no second rise to the peak: `schedule: infinite`,
+    `warmup: never`, `constant_lr: 1`, and from the first run `lr * constant_lr` as `lr`, `final_lr / constant_lr` as
+    `final_lr`. The head then keeps `head.lr` until the annealing.
+    """
+
+    schedule: Literal["cosine", "infinite"] = Field(
+        "cosine",
+        description="after the warm-up: cosine to final_lr; or cosine to constant_lr over 30 % of the run, constant, "
+        "and over the last 20 % an exponential decay to final_lr",
+    )
     lr: float = Field(3e-4, gt=0, description="peak learning rate of the backbone's last layer")
     final_lr: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    constant_lr: float = Field(
+        0.5, gt=0, le=1, description="infinite: learning rate of the constant phase, as a share of the peak"
+    )
     warmup: Duration = Field("10%", description="linear warm-up of the learning rate")
     layer_decay: float = Field(0.75, gt=0, le=1, description="learning rate factor per layer towards the input")
     weight_decay: float = Field(0.04, ge=0, description="AdamW weight decay at the start")
     final_weight_decay: float = Field(0.04, ge=0, description="AdamW weight decay at the end")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
+
+    @pydantic_model_validator(mode="after")
+    def _rates_suit_the_schedule(self) -> OptimSettings:
+        if self.schedule == "cosine":
+            if self.constant_lr != type(self).model_fields["constant_lr"].default:
+                raise ValueError("constant_lr is a setting of schedule infinite, not of cosine")
+        elif self.final_lr == 0:
+            raise ValueError("final_lr must be above 0 with schedule infinite, whose decay to it is exponential")
+        elif self.constant_lr < self.final_lr:
+            raise ValueError(f"constant_lr {self.constant_lr} must lie in [final_lr, 1], here [{self.final_lr}, 1]")
+        return self
 
 
 class TeacherSettings(Settings):

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from adaptkit.recipe import Recipe
+from adaptkit.errors import UsageError
+from adaptkit.recipe import Recipe, load_recipe
 from adaptkit.schedules import (
     Plan,
     cosine,
     ema_momentum,
+    infinite_learning_rate,
     is_due,
     is_reset_step,
     learning_rate,
@@ -70,6 +72,61 @@ def test_learning_rate_rises_linearly_then_falls_to_its_share() -> None:
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert learning_rate(0, 111, 0, 0.5, 0.1) == pytest.approx(0.5)
     assert learning_rate(4, 5, 5, 0.5, 0.1) == pytest.approx(0.5)  # a run that is all warm-up
+
+
+def infinite_slowly(total: int, warmup: int, peak: float, constant: float, final: float) -> list[float]:
+    """The infinite schedule written out, one phase after the other."""
+    rates = [peak * number / warmup for number in range(1, warmup + 1)]
+    annealing = max(0, min(round(total * 20 / 100), total - warmup))
+    cooldown = max(0, min(round(total * 30 / 100), total - warmup - annealing))
+    for number in range(cooldown):
+        rates.append(peak * (constant + (1 - constant) * (1 + math.cos(math.pi * number / cooldown)) / 2))
+    share = constant if cooldown else 1.0
+    while len(rates) < total - annealing:
+        rates.append(peak * share)
+    for number in range(1, annealing + 1):
+        rates.append(peak * math.exp(math.log(share) + (math.log(final) - math.log(share)) * number / annealing))
+    return rates[:total]
+
+
+@pytest.mark.parametrize("total", [*range(1, 11), 20, 37, 100, 999])
+@pytest.mark.parametrize(("constant", "final"), [(0.5, 0.1), (0.3, 0.3), (1.0, 0.2), (1.0, 1.0), (0.7, 1e-9)])
+def test_infinite_learning_rate_is_its_phases_one_after_the_other(total: int, constant: float, final: float) -> None:
+    peak = 3e-4
+    for warmup in sorted({0, 1, total // 10, total // 2, total * 3 // 4, total * 9 // 10, total, total + 3}):
+        rates = [infinite_learning_rate(step, total, warmup, peak, constant, final) for step in range(total)]
+        assert rates == pytest.approx(infinite_slowly(total, warmup, peak, constant, final), rel=1e-9)
+        assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
+        assert all(a < b for a, b in pairwise(rates[:warmup]))
+        assert all(a >= b * (1 - 1e-12) for a, b in pairwise(rates[max(0, warmup - 1) :]))
+        if total >= 3 and warmup < total:
+            assert rates[-1] == peak * final
+
+
+def test_infinite_learning_rate_at_the_borders_of_its_phases() -> None:
+    rates = [infinite_learning_rate(step, 100, 10, 1.0, 0.5, 0.125) for step in range(100)]
+    assert rates[9] == rates[10] == 1.0  # the warm-up ends, the cooldown begins
+    assert rates[25] == pytest.approx(0.75)
+    assert rates[39] > rates[40] == 0.5
+    assert set(rates[40:80]) == {0.5}
+    assert rates[79] > rates[80]
+    assert rates[89] == pytest.approx(0.25)  # halfway through an exponential decay: the geometric mean
+    assert rates[98] > rates[99] == 0.125
+    assert infinite_learning_rate(150, 100, 10, 1.0, 0.5, 0.125) == 0.125  # and stays there
+
+
+@pytest.mark.parametrize(
+    ("total", "rates"),
+    [
+        (1, [1.0]),
+        (2, [1.0, 0.5]),
+        (3, [1.0, 0.5, 0.25]),
+        (5, [1.0, 0.75, 0.5, 0.5, 0.25]),
+        (10, [1.0, 0.875, 0.625, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5 / 2**0.5, 0.25]),
+    ],
+)
+def test_infinite_learning_rate_of_tiny_runs(total: int, rates: list[float]) -> None:
+    assert [infinite_learning_rate(step, total, 0, 1.0, 0.5, 0.25) for step in range(total)] == pytest.approx(rates)
 
 
 def test_momentum_scales_with_the_run() -> None:
@@ -153,6 +210,56 @@ def test_plans_schedules_are_those_of_the_recipe() -> None:
     assert [step for step in range(100) if made.is_reset(step)] == [0, 30, 60, 90]
     assert [step for step in range(1, 101) if made.is_probe(step)] == [40, 80, 100]
     assert [step for step in range(1, 101) if made.is_checkpoint(step)] == [50, 100]
+
+
+def test_a_plan_of_the_infinite_schedule_cools_the_backbone_and_the_head() -> None:
+    optim = {"schedule": "infinite", "lr": 0.2, "constant_lr": 0.5, "final_lr": 0.25, "warmup": "10 steps"}
+    made = plan(optim=optim, head={"lr": 0.01})
+    steps = (0, 9, 10, 25, 40, 79, 99)
+    assert [made.lr(step) for step in steps] == pytest.approx([0.02, 0.2, 0.2, 0.15, 0.1, 0.1, 0.05])
+    assert [made.head_lr(step) for step in (0, 15, 30, 79, 99)] == pytest.approx([0.01, 0.0075, 0.005, 0.005, 0.0025])
+
+
+def test_a_run_goes_on_at_the_constant_rate_of_the_one_before() -> None:
+    first = plan(optim={"schedule": "infinite", "lr": 0.2, "constant_lr": 0.4, "final_lr": 0.1})
+    again = {"schedule": "infinite", "lr": 0.2 * 0.4, "constant_lr": 1, "final_lr": 0.1 / 0.4, "warmup": "never"}
+    second = plan(optim=again)
+    assert {second.lr(step) for step in range(80)} == {first.lr(79)}
+    assert [second.lr(step) for step in range(80, 100)] == pytest.approx([first.lr(step) for step in range(80, 100)])
+
+
+def test_the_cosine_schedule_is_the_default_to_the_last_bit() -> None:
+    for made in (plan(), plan(optim={"schedule": "cosine", "constant_lr": 0.5})):
+        for step in range(100):
+            assert made.lr(step) == learning_rate(step, 100, 10, 3e-4, 0.1)
+            assert made.head_lr(step) == learning_rate(step, 100, 0, 1e-3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"constant_lr": 0.4}, "constant_lr is a setting of schedule infinite, not of cosine"),
+        (
+            {"schedule": "infinite", "constant_lr": 0.05},
+            r"constant_lr 0\.05 must lie in \[final_lr, 1\], here \[0\.1, 1\]",
+        ),
+        ({"schedule": "infinite", "final_lr": 0.6}, r"constant_lr 0\.5 must lie in \[final_lr, 1\]"),
+        ({"schedule": "infinite", "constant_lr": 1.1}, r"optim\.constant_lr = .*less than or equal to 1"),
+        ({"schedule": "infinite", "final_lr": 0}, "final_lr must be above 0 with schedule infinite"),
+        ({"schedule": "linear"}, r"optim\.schedule = 'linear': .*'cosine' or 'infinite'"),
+    ],
+)
+def test_rates_that_do_not_suit_the_schedule_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_recipe(overrides={f"optim.{key}": value for key, value in settings.items()})
+    assert "\n" not in str(caught.value)
+
+
+def test_rates_that_suit_the_schedule_are_taken() -> None:
+    recipe(optim={"final_lr": 0.9})  # the constant rate plays no part in a cosine
+    recipe(optim={"final_lr": 0})
+    recipe(optim={"schedule": "infinite", "constant_lr": 0.1, "final_lr": 0.1})
+    recipe(optim={"schedule": "infinite", "constant_lr": 1, "final_lr": 1})
 
 
 def test_default_momentum_of_a_plan_follows_its_length() -> None:

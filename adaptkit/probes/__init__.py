@@ -8,8 +8,9 @@ from adaptkit.embedding import Embeddings
 from adaptkit.probes.drift import neighbour_overlap
 from adaptkit.probes.intervals import Interval, bootstrap, jackknife, paired_bootstrap, paired_jackknife
 from adaptkit.probes.knn import probe_knn
+from adaptkit.probes.lidar import lidar
 from adaptkit.probes.linear import probe_linear
-from adaptkit.probes.rank import d_eff, probe_rank, r_eff, rankme
+from adaptkit.probes.rank import alpha_req, d_eff, probe_rank, r_eff, rankme
 from adaptkit.probes.retrieval import probe_retrieval
 from adaptkit.probes.score import Score
 from adaptkit.probes.views import view_retrieval
@@ -29,9 +30,11 @@ __all__ = [
     "Interval",
     "Probe",
     "Score",
+    "alpha_req",
     "bootstrap",
     "d_eff",
     "jackknife",
+    "lidar",
     "neighbour_overlap",
     "paired_bootstrap",
     "paired_jackknife",

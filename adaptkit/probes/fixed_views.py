@@ -31,7 +31,7 @@ FIXED_VIEWS = ViewSettings(
 )
 
 
-class _FixedViews(Dataset[tuple[Tensor, Tensor] | None]):
+class FixedViews(Dataset[tuple[Tensor, Tensor] | None]):
     """Two views of every image, decided by the image's path alone."""
 
     def __init__(self, source: ImageSource, image_px: int) -> None:
@@ -61,7 +61,7 @@ def retrieve_views(backbone: Backbone, source: ImageSource, embedder: Embedder) 
 
     Unreadable images are left out.
     """
-    dataset = _FixedViews(source, backbone.image_px)
+    dataset = FixedViews(source, backbone.image_px)
     loader = DataLoader(
         dataset,
         embedder.batch_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from adaptkit.probes.score import Score, check_finite
 
 RANKME_EPS = 1e-7
 BLOCKS = 20
+FIRST_RANK = 11  # of the fit of alpha_req, where there are enough
+MIN_EIGENVALUE = 1e-12  # of the largest: below it there is only rounding
 
 
 def probe_rank(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
@@ -46,6 +50,26 @@ def d_eff(vectors: Tensor) -> float:
 def r_eff(vectors: Tensor) -> float:
     """(N, D) -> exp of the entropy of l / sum l, l = eigenvalues of the covariance (arXiv 2602.09764)."""
     return rank_measures(vectors)["r_eff"]
+
+
+def alpha_req(vectors: Tensor) -> float:
+    """(N, D) -> how fast the covariance's spectrum decays: the alpha of l_i ~ i^-alpha (Agrawal et al. 2022).
+
+    Minus the least-squares slope of log eigenvalue against log rank, over ranks 11 to M / 2 of M = min(N - 1, D): the
+    first eigenvalues follow the largest groups of images, not the law (Stringer et al. 2019 begin at 11 too), and the
+    lower half falls off because images and dimensions are finite. From rank 1 where M < 24. Infinite for embeddings
+    that do not vary in so many directions: no law decays so fast.
+    """
+    count = min(len(vectors) - 1, vectors.shape[1])
+    first = FIRST_RANK if count >= 2 * (FIRST_RANK + 1) else 1
+    last = max(count // 2, 2)
+    eigenvalues = spectrum(vectors).flip(0)  # largest first
+    if count < last or bool(eigenvalues[last - 1] <= MIN_EIGENVALUE * eigenvalues[0]):
+        return math.inf
+    x = torch.arange(first, last + 1, dtype=torch.float64, device=eigenvalues.device).log()
+    y = eigenvalues[first - 1 : last].log()
+    x = x - x.mean()
+    return -float((x * y).sum() / x.square().sum())
 
 
 def rank_measures(vectors: Tensor) -> dict[str, float]:

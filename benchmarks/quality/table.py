@@ -16,18 +16,19 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by the number o
 
 
 def render(lines: Sequence[dict[str, Any]]) -> str:
-    """One table for every source and target: frozen, then each method's last teacher, as means over seeds."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    """One table for every source, target and split: frozen, then each method's last teacher, as means over seeds."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        groups[line["source"], line["target"]].append(line)
+        groups[line["source"], line["target"], line.get("split", "test")].append(line)
     return "\n\n".join(_table(*key, group) for key, group in groups.items())
 
 
-def _table(source: str, target: str, lines: Sequence[dict[str, Any]]) -> str:
+def _table(source: str, target: str, split: str, lines: Sequence[dict[str, Any]]) -> str:
     frozen = lines[0]["frozen"]
     title = ", ".join(f"{label} {frozen[name]:.1f}" for name, label in METRICS.items())
+    inner = "" if split == "test" else ", inside the train part"
     rows = [
-        f"**{source} on {target}**, frozen: {title}",
+        f"**{source} on {target}**{inner}, frozen: {title}",
         "",
         "| method | seeds | " + " | ".join(METRICS.values()) + " | better / worse (k-NN) | verdicts |",
         "| --- | --- |" + " --- |" * (len(METRICS) + 2),

@@ -59,7 +59,7 @@ class Recipe(Settings):
     budget: Annotated[str | None, BeforeValidator(none_from_text), AfterValidator(check_budget)] = Field(
         None, description="at most this much time for the whole run, as in 30m; fewer steps if need be"
     )
-    batch_size: int = Field(128, ge=2, description="images per step, over all processes")
+    batch_size: int = Field(64, ge=2, description="images per step, over all processes")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of training; probes use fp32")
     workers: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
         None, ge=0, description="loader processes; null: by the machine"

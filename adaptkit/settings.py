@@ -69,6 +69,7 @@ class Settings(BaseModel):
 SETTINGS_OF = {  # those of ObjectiveSettings that not every objective has
     "num_bits": ("bits",),
     "beta": ("bits",),
+    "rate_target": ("bits",),
     "eps": ("bits", "simdino"),
     "centre": ("bits",),
     "balance": ("bits",),
@@ -85,6 +86,13 @@ class ObjectiveSettings(Settings):
     num_bits: int = Field(256, ge=2, description="bits: bits of the code (B)")
     hidden_dim: int = Field(2048, ge=1, description="width of the projection head's two hidden layers")
     beta: float = Field(0.1, ge=0, description="bits: weight of the coding rate")
+    rate_target: Annotated[float | None, BeforeValidator(none_from_text)] = Field(
+        0.4,
+        gt=0,
+        lt=1,
+        description="bits: share of the largest possible coding rate at which its weight is beta; more below, less "
+        "above; null: always beta",
+    )
     eps: float = Field(0.5, gt=0, description="bits, simdino: distortion of the coding rate")
     centre: bool = Field(True, description="bits: subtract the batch mean from the logits in the coding rate")
     balance: Literal["never", "draw", "always"] = Field(
@@ -191,7 +199,9 @@ class TeacherSettings(Settings):
     momentum: Annotated[float | None, BeforeValidator(none_from_text)] = Field(
         None, ge=0, le=1, description="EMA momentum at the start; null: 1 - 10 / steps"
     )
-    final_momentum: float = Field(1.0, ge=0, le=1, description="EMA momentum at the end")
+    final_momentum: Annotated[float | None, BeforeValidator(none_from_text)] = Field(
+        None, ge=0, le=1, description="EMA momentum at the end; null: 1 - 3 / steps"
+    )
 
 
 class DataSettings(Settings):

@@ -140,13 +140,16 @@ def test_a_bit_is_live_when_one_in_a_hundred_differs(ones: int, live: int) -> No
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 5, 3), (6, 2, 4, 8), (5, 3, 6, 4)])
-@pytest.mark.parametrize(("beta", "eps", "centre"), [(0.0, 0.5, True), (0.1, 0.5, True), (0.3, 0.2, False)])
+@pytest.mark.parametrize(
+    ("beta", "target", "eps", "centre"),
+    [(0.0, None, 0.5, True), (0.1, None, 0.5, True), (0.3, None, 0.2, False), (0.1, 0.4, 0.5, True), (2, 0.9, 1, True)],
+)
 def test_loss_and_gradient_of_the_whole(
-    shape: tuple[int, int, int, int], beta: float, eps: float, centre: bool
+    shape: tuple[int, int, int, int], beta: float, target: float | None, eps: float, centre: bool
 ) -> None:
     num_views, num_global, num_images, num_bits = shape
     student, teacher = draw(num_views, num_global, num_images, num_bits)
-    objective = Bits(ObjectiveSettings(num_bits=num_bits, beta=beta, eps=eps, centre=centre))
+    objective = Bits(ObjectiveSettings(num_bits=num_bits, beta=beta, rate_target=target, eps=eps, centre=centre))
     ours, naive = student.clone().requires_grad_(), student.clone().requires_grad_()
     losses = objective(ours, teacher, step=0)
     losses.loss.backward()
@@ -157,6 +160,10 @@ def test_loss_and_gradient_of_the_whole(
         rows = rows - rows.mean(0) if centre else rows
         rates.append(0.5 * torch.logdet(torch.eye(num_bits) + num_bits / (num_images * eps) * rows.T @ rows))
     rate = torch.stack(rates).mean()
+    if target is not None:
+        r = min(num_bits, num_images)
+        share = float(rate.detach()) / (r * math.log(1 + num_bits / (r * eps)) / 2)
+        beta *= math.exp((target - share) / 0.2)
     expected = bce - beta * (num_bits + num_images) / (num_bits * num_images) * rate
     expected.backward()
     assert float(losses.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptkit.objectives import coding_rate as module
 from adaptkit.objectives.bits import Bits
-from adaptkit.objectives.coding_rate import coding_rate
+from adaptkit.objectives.coding_rate import coding_rate, max_coding_rate
 from adaptkit.settings import ObjectiveSettings
 
 NUM_IMAGES, NUM_BITS, NUM_PROCESSES = 6, 8, 2
@@ -41,6 +41,16 @@ def by_numpy(x: Tensor, eps: float, centre: bool) -> float:
 def test_value_is_half_the_log_determinant(shape: tuple[int, int], eps: float, centre: bool) -> None:
     x = logits(*shape)
     assert float(coding_rate(x, eps, centre)) == pytest.approx(by_numpy(x, eps, centre), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(("num_images", "num_bits"), [(4, 4), (4, 16), (16, 4), (1, 8)])
+def test_no_rows_exceed_the_largest_rate_and_orthogonal_ones_reach_it(num_images: int, num_bits: int) -> None:
+    most = max_coding_rate(num_bits, num_images, 0.5)
+    even = torch.eye(num_bits).repeat(num_images, 1)[:num_images]
+    assert float(coding_rate(even, centre=False)) == pytest.approx(most, rel=1e-5)
+    for seed in range(20):
+        x = torch.randn(num_images, num_bits, generator=torch.Generator().manual_seed(seed))
+        assert float(coding_rate(x, centre=False)) <= most * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("centre", [True, False])
@@ -128,7 +138,7 @@ def one_step(num_images: int, first: int) -> dict[str, Tensor]:
     network = nn.Linear(5, NUM_BITS)
     inputs = torch.randn(3, NUM_IMAGES * NUM_PROCESSES, 5)[:, first : first + num_images]  # (V, n, 5)
     targets = torch.randn(2, NUM_IMAGES * NUM_PROCESSES, NUM_BITS)[:, first : first + num_images]
-    objective = Bits(ObjectiveSettings(num_bits=NUM_BITS, beta=5.0))  # the rate's gradient must weigh
+    objective = Bits(ObjectiveSettings(num_bits=NUM_BITS, beta=5.0, rate_target=0.9))  # the rate's gradient must weigh
     losses = objective(network(inputs), targets, step=0)
     losses.loss.backward()
     result = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}

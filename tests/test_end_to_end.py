@@ -462,7 +462,7 @@ def test_an_explicit_batch_that_does_not_fit_is_an_error_and_the_default_shrinks
     settings = {key: value for key, value in adapt_settings().items() if key != "batch_size"}
     result = adaptkit.adapt(str(vit), data, output=tmp_path / "run", reporter=recorder, **settings)
     assert result.report["recipe"]["batch_size"] == 8
-    assert any("batch size 8 instead of 128" in note for note in recorder.notes)
+    assert any("batch size 8 instead of 64" in note for note in recorder.notes)
 
 
 def adapt_settings() -> dict[str, Any]:

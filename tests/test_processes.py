@@ -95,7 +95,7 @@ def test_batch_size_and_processes() -> None:
     with pytest.raises(DataError, match="9 training images, but batch_size is 10"):
         fit_batch_size(explicit, 9, 1)
     default = Recipe(data="images")
-    assert fit_batch_size(default, 10_000, 3) == 126
+    assert fit_batch_size(default, 10_000, 3) == 63
     assert fit_batch_size(default, 84, 2) == 16
     assert fit_batch_size(default, 6, 1) == 6
     with pytest.raises(DataError, match="too few for 16 processes"):

@@ -138,6 +138,8 @@ def test_momentum_scales_with_the_run() -> None:
     assert ema_momentum(500, 1001, 0.9, 1.0) == pytest.approx(0.95)
     assert ema_momentum(1000, 1001, 0.9, 1.0) == pytest.approx(1.0)
     assert ema_momentum(1000, 1001, None, 0.97) == pytest.approx(0.97)
+    assert ema_momentum(999, 1000, None, None) == pytest.approx(0.997)
+    assert ema_momentum(4, 5, 0.9, None) == pytest.approx(0.5)
 
 
 def test_what_is_due_when() -> None:

@@ -1,6 +1,10 @@
 """BITS: the student predicts, bit by bit, the hard binary code its teacher gives another view of the same image.
 
 L = L_bce - beta * gamma * R        (arXiv 2602.09764; method and constants are Zaher et al.'s)
+
+A constant beta fits one batch size, one number of bits and one kind of image: elsewhere the channel closes (the rate
+falls, the code follows a few directions) or opens so far that nothing is transmitted. So beta is multiplied by
+exp((rate_target - R / R_max) / RATE_SLACK), which is 1 where the rate is the wished share of the largest possible one.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from adaptkit.objectives.coding_rate import coding_rate, num_processes, rate_weight
+from adaptkit.objectives.coding_rate import coding_rate, max_coding_rate, num_processes, rate_weight
 from adaptkit.objectives.head import ProjectionHead
 from adaptkit.objectives.objective import Health, Losses
 from adaptkit.objectives.pairs import sum_over_other_views
 from adaptkit.schedules import Plan
 from adaptkit.settings import ObjectiveSettings
 
+RATE_SLACK = 0.2  # change of the rate's share of its maximum that changes its weight e-fold
 LIVE_MINORITY = 0.01  # a bit is live when its rarer value has at least this share
 MIN_BIT_ENTROPY = 0.05  # bits per bit; a healthy channel has 0.6 to 1
 MIN_LIVE_SHARE = 0.05  # of the bits
@@ -49,9 +54,17 @@ class Bits:
         views = student[:num_global]
         rate = torch.stack([coding_rate(view, self.settings.eps, self.settings.centre) for view in views]).mean()
         gamma = rate_weight(num_bits, num_images * num_processes())
-        loss = bce - self.settings.beta * gamma * rate
+        loss = bce - self._beta(rate.detach(), num_bits, num_images * num_processes()) * gamma * rate
         report = {"loss": loss.detach(), "bce": bce.detach(), "coding_rate": rate.detach()}
         return Losses(loss, report | bit_counts(student.detach(), codes))
+
+    def _beta(self, rate: Tensor, num_bits: int, num_images: int) -> Tensor | float:
+        """The weight of the coding rate while it has this value; see the module's head."""
+        target = self.settings.rate_target
+        if target is None:
+            return self.settings.beta
+        share = rate / max_coding_rate(num_bits, num_images, self.settings.eps)
+        return self.settings.beta * torch.exp((target - share) / RATE_SLACK)
 
     def summary(self, sums: dict[str, Tensor], num_steps: int) -> dict[str, float]:
         """loss, bce, coding_rate, and what the bits say; see `bit_measures`."""

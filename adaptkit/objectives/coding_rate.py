@@ -8,6 +8,7 @@ batch n give the same rate and, with DDP's mean over processes, the same gradien
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,3 +80,12 @@ def rate_of_rows(rows: Tensor, eps: float, centre: bool) -> Tensor:
 def rate_weight(num_bits: int, num_images: int) -> float:
     """gamma = (B + N) / (B N), which balances the coding rate (SimDINO's code)."""
     return (num_bits + num_images) / (num_bits * num_images)
+
+
+def max_coding_rate(num_bits: int, num_images: int, eps: float) -> float:
+    """The rate of rows of length 1 that spread evenly over as many directions as they can, nats.
+
+    r = min(B, N) equal eigenvalues N / r of A^T A: r / 2 log(1 + B / (r eps)). Centred rows stay slightly below it.
+    """
+    directions = min(num_bits, num_images)
+    return directions / 2 * math.log1p(num_bits / (directions * eps))

@@ -29,7 +29,7 @@ from table import render
 
 import adaptkit
 from adaptkit.cli.command_demo import SAMPLES
-from adaptkit.errors import Collapsed
+from adaptkit.errors import AdaptkitError, Collapsed
 from adaptkit.sources import open_folder
 from adaptkit.sources.source import hash_order
 from adaptkit.yaml_text import parse_yaml
@@ -211,6 +211,8 @@ def adapt(source: str, target: Path, run: Path, recipe: str, settings: dict[str,
         return adaptkit.adapt(source, target / "train", labels=target, output=run, recipe=recipe, **keywords).report
     except Collapsed:
         return json.loads((run / "report.json").read_text())
+    except AdaptkitError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

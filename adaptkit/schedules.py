@@ -77,14 +77,15 @@ def is_due(step: int, every: int, total_steps: int) -> bool:
     return step == total_steps or (every > 0 and step % every == 0)
 
 
-def is_reset_step(step: int, every: int, total_steps: int, warmup_steps: int) -> bool:
-    """Whether the head is drawn anew before `step`: at step 0 and every `every` steps.
+def is_reset_step(step: int, every: int, total_steps: int, warmup_steps: int, min_steps: int = 1) -> bool:
+    """Whether the head is drawn anew before `step`: at step 0 and every `every` steps, but not before `min_steps`.
 
-    A reset so late that less than a warm-up and as long again would remain is left out: it could not recover.
+    A reset so late that less than a warm-up and as long again, or less than `min_steps`, would remain is left out: it
+    could not recover.
     """
     if step == 0:
         return True
-    return every > 0 and step % every == 0 and total_steps - step >= 2 * warmup_steps
+    return every > 0 and step % max(every, min_steps) == 0 and total_steps - step >= max(2 * warmup_steps, min_steps)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Plan:
 
     def is_reset(self, step: int) -> bool:
         """Whether the head is drawn anew before `step`."""
-        return is_reset_step(step, self.reset_every, self.total_steps, self.head_warmup)
+        least = self.recipe.head.min_steps
+        return is_reset_step(step, self.reset_every, self.total_steps, self.head_warmup, least)
 
     def is_probe(self, step: int) -> bool:
         """Whether the teacher is probed after `step` steps."""

@@ -120,6 +120,7 @@ class HeadSettings(Settings):
     """When the projection head is drawn anew, and how long it trains alone afterwards."""
 
     reset_every: Duration = Field("25%", description="draw the head anew this often")
+    min_steps: int = Field(1, ge=1, description="a head trains at least this many steps, the last one too")
     warmup: Duration = Field("5%", description="backbone frozen this long after every draw")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the projection head")
 

@@ -150,8 +150,8 @@ def test_what_is_due_when() -> None:
 
 
 def test_resets_leave_time_to_recover() -> None:
-    def resets(every: int, total: int, warmup: int) -> list[int]:
-        return [step for step in range(total) if is_reset_step(step, every, total, warmup)]
+    def resets(every: int, total: int, warmup: int, least: int = 1) -> list[int]:
+        return [step for step in range(total) if is_reset_step(step, every, total, warmup, least)]
 
     assert resets(25, 100, 5) == [0, 25, 50, 75]
     assert resets(0, 100, 5) == [0]
@@ -159,6 +159,16 @@ def test_resets_leave_time_to_recover() -> None:
     assert resets(30, 100, 5) == [0, 30, 60, 90]  # 10 steps are left: just enough
     assert resets(30, 100, 6) == [0, 30, 60]
     assert resets(30, 100, 80) == [0]  # the first draw is always made
+    assert resets(40, 160, 8, least=100) == [0]
+    assert resets(50, 200, 8, least=100) == [0, 100]
+    assert resets(50, 199, 8, least=100) == [0]
+    assert resets(150, 600, 8, least=100) == [0, 150, 300, 450]
+
+
+def test_the_default_recipe_is_bits_fixed_where_a_quarter_trains_no_head() -> None:
+    short, long = (Plan.make(load_recipe(overrides={"steps": steps}), num_images=1000) for steps in (160, 800))
+    assert [step for step in range(160) if short.is_reset(step)] == [0]
+    assert [step for step in range(800) if long.is_reset(step)] == [0, 200, 400, 600]
 
 
 def recipe(**settings: Any) -> Recipe:

@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,23 @@ from torch import Tensor, nn
 
 from adaptkit.errors import DataError
 from adaptkit.run import atomic, machine_errors
+from adaptkit.space import require_space
+
+LAST = Path("checkpoints") / "last.safetensors"  # inside the run directory
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON state to one file, atomically. Raises `MachineError` when the disk is full."""
-    on_cpu = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    """Write tensors and a JSON state to one file, atomically.
+
+    Raises `MachineError` when the disk has no room for it; what lies at `path` stays whole.
+    """
     with machine_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with atomic(path) as part:
+                os.truncate(part, 0)  # a killed process may have left it full
+                require_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()), path)
+                on_cpu = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
                 save_file(on_cpu, part, metadata={"adaptkit": json.dumps(state)})
         except SafetensorError as error:  # wraps the OSError of a full disk
             number = re.search(r"os error (\d+)", str(error))
@@ -38,12 +48,28 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote. Raises `DataError` if the file is damaged."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _state(file)  # noqa: SIM118
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON state of what `save_tensors` wrote, without its tensors. Raises `DataError` if the file is damaged."""
+    with _opened(path) as file:
+        return _state(file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            state = json.loads((file.metadata() or {})["adaptkit"])
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path}: damaged checkpoint ({error}); start the run again with --overwrite") from None
+
+
+def _state(file: Any) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((file.metadata() or {})["adaptkit"])
+    return state
 
 
 def pack_training(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

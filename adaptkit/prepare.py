@@ -1,4 +1,4 @@
-"""What a run needs before its first step: networks, a resolved recipe, a manifest."""
+"""What a run needs before its first step: networks, a resolved recipe, room on the disk."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from adaptkit.backbones import MODULE, Backbone, load_backbone
-from adaptkit.errors import BackboneError, DataError, UsageError
+from adaptkit.errors import BackboneError, UsageError
 from adaptkit.inputs import Inputs, fit_batch_size
+from adaptkit.manifest import refuse_other_images, refuse_other_weights
 from adaptkit.recipe import Recipe
-from adaptkit.run import Run, environment
+from adaptkit.run import Run
 from adaptkit.schedules import Plan
 from adaptkit.session import Reporter
+from adaptkit.space import require_space_for_run
 
 
 def load_original(recipe: Recipe, given: nn.Module | Backbone | None = None, drop_path: float = 0.0) -> Backbone:
@@ -39,16 +41,22 @@ def load_original(recipe: Recipe, given: nn.Module | Backbone | None = None, dro
     return load_backbone(recipe.backbone, **options, seed=recipe.seed)
 
 
-def resolve(run: Run, inputs: Inputs, accelerator: Accelerator, reporter: Reporter) -> tuple[Run, Plan]:
+def resolve(
+    run: Run, original: Backbone, inputs: Inputs, accelerator: Accelerator, reporter: Reporter
+) -> tuple[Run, Plan]:
     """`settle`, and write down the recipe that comes of it.
 
-    Raises `DataError` when a run is resumed on other images than it began with.
+    Raises `BackboneError` or `DataError` when a run is resumed with other weights or on other images than it began
+    with, `MachineError` when its disk has no room for what it will write.
     """
-    _refuse_other_images(run, inputs)
+    refuse_other_weights(run, original)
+    refuse_other_images(run, inputs)
     recipe = settle(run.recipe, inputs, accelerator, reporter)
+    plan = Plan.make(recipe, len(inputs.train))
     if accelerator.is_main_process:
+        require_space_for_run(run.path, original, plan)
         run.replace_recipe(recipe)
-    return Run(run.path, recipe), Plan.make(recipe, len(inputs.train))
+    return Run(run.path, recipe), plan
 
 
 def settle(recipe: Recipe, inputs: Inputs, accelerator: Accelerator, reporter: Reporter) -> Recipe:
@@ -73,58 +81,8 @@ def without_protection(recipe: Recipe) -> Recipe:
     )
 
 
-def _refuse_other_images(run: Run, inputs: Inputs) -> None:
-    """Other images mean other splits: some that were trained on would then choose and report."""
-    known = run.read_json("manifest.json")
-    if known is None or not (run.path / "checkpoints" / "last.safetensors").is_file():
-        return  # nothing was learnt yet
-    for key, path, found in (
-        ("data_fingerprint", run.recipe.data.shown, inputs.facts["fingerprint"]),
-        ("labels_fingerprint", run.recipe.labels, labels_fingerprint(inputs)),
-    ):
-        if known.get(key) != found:
-            raise DataError(
-                f"{path}: files were added, removed or changed since {run.path} began; "
-                "restore them to resume, or start again with --overwrite"
-            )
-
-
-def labels_fingerprint(inputs: Inputs) -> str | None:
-    """Hash of the labelled images' paths and sizes; None without labels."""
-    fingerprint: str | None = inputs.facts["labels"]["fingerprint"] if inputs.scored else None
-    return fingerprint
-
-
 def loader_workers(asked: int | None, device: torch.device) -> int:
     """Loader processes: as asked; else one beside a CPU that trains, up to 16 beside a GPU."""
     if asked is not None:
         return asked
     return 1 if device.type == "cpu" else min(16, os.cpu_count() or 1)
-
-
-def write_manifest(run: Run, original: Backbone, inputs: Inputs, accelerator: Accelerator) -> None:
-    """What the run was made with: versions, command, device, preprocessing, fingerprints."""
-    if not accelerator.is_main_process:
-        return
-    load = original.load_report
-    run.write_json(
-        "manifest.json",
-        environment()
-        | {
-            "seed": run.recipe.seed,
-            "device": str(accelerator.device),
-            "precision": run.recipe.precision,
-            "num_processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "preprocessing": {
-                "image_px": original.image_px,
-                "mean": list(original.mean),
-                "std": list(original.std),
-                "interpolation": original.pretrained_cfg.get("interpolation"),
-                "crop_pct": original.pretrained_cfg.get("crop_pct"),
-            },
-            "data_fingerprint": inputs.facts["fingerprint"],
-            "labels_fingerprint": labels_fingerprint(inputs),
-            "weights_sha256": load.sha256 if load else None,
-        },
-    )

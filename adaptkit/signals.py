@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from adaptkit.errors import Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 AGAIN_SECONDS = 2.0  # a launcher and a scheduler may both pass on the same stop; a person's second try comes later
+LAST_WORD_SECONDS = 2.0  # for `before_leaving`: a disk that hangs must not hold the process
 
 
 class StopRequest:
-    """While active, the first signal only sets `received`; a later second ends the process with exit code 75."""
+    """While active, the first signal only sets `received`; a later second ends the process with exit code 75.
 
-    def __init__(self) -> None:
+    `before_leaving` is called before that end, and not waited for longer than 2 seconds.
+    """
+
+    def __init__(self, before_leaving: Callable[[], None] = lambda: None) -> None:
         self.received = False
         self.since = 0.0
+        self.before_leaving = before_leaving
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers only in the main thread; elsewhere (a notebook's worker) signals stay as they are
@@ -39,4 +47,19 @@ class StopRequest:
         if not self.received:
             self.received, self.since = True, time.monotonic()
         elif time.monotonic() - self.since > AGAIN_SECONDS:
-            os._exit(Interrupted.exit_code)
+            self._leave()
+
+    def _leave(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        done = _thread.allocate_lock()  # not `threading.Thread`: it takes locks that the interrupted code may hold
+        done.acquire()
+        with suppress(RuntimeError):  # no thread can be started
+            _thread.start_new_thread(self._last_word, (done,))
+            done.acquire(timeout=LAST_WORD_SECONDS)
+        os._exit(Interrupted.exit_code)
+
+    def _last_word(self, done: _thread.LockType) -> None:
+        with suppress(Exception):  # nobody is left to tell
+            self.before_leaving()
+        done.release()

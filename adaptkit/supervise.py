@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones import Backbone
-from adaptkit.checkpoints import load_tensors, save_tensors, with_prefix
+from adaptkit.checkpoints import LAST, load_tensors, save_tensors, with_prefix
 from adaptkit.errors import NotFinite
 from adaptkit.run import Run
 from adaptkit.select import Candidate, Judge, choose
@@ -26,8 +26,8 @@ class Supervisor:
 
     def __init__(self, session: Session, run: Run, judge: Judge, reporter: Reporter, stop: StopRequest) -> None:
         self.session, self.run, self.judge, self.reporter, self.stop = session, run, judge, reporter, stop
-        self.folder = run.path / "checkpoints"
-        self.last = self.folder / "last.safetensors"
+        self.last = run.path / LAST
+        self.folder = self.last.parent
 
     def __call__(self, step: int) -> str | None:
         s, plan = self.session, self.session.plan

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from adaptkit.estimate import TIMED_STEPS, Passes, StepCost, fit_budget, time_st
 from adaptkit.export import export_backbone, export_head
 from adaptkit.inputs import open_inputs
 from adaptkit.loop import train_steps
+from adaptkit.manifest import write_manifest
 from adaptkit.outcome import Outcome, compose_report, conclude
-from adaptkit.prepare import load_original, loader_workers, resolve, write_manifest
+from adaptkit.prepare import load_original, loader_workers, resolve
 from adaptkit.recipe import load_recipe, overrides_of
 from adaptkit.report.markdown import render_markdown
 from adaptkit.requirement import check_wishes
@@ -77,13 +79,15 @@ def resume(
     run: str | Path, *, backbone: nn.Module | Backbone | None = None, reporter: Reporter | None = None
 ) -> AdaptResult:
     """Go on where a run stopped; the same as `adaptkit resume`. A run that began with a module needs it again."""
-    return run_adaptation(Run.open(run), reporter or Silent(), backbone)
+    opened = Run.open(run)
+    opened.status("running", None, "started")
+    return run_adaptation(opened, reporter or Silent(), backbone)
 
 
 def run_adaptation(run: Run, reporter: Reporter, given: nn.Module | Backbone | None = None) -> AdaptResult:
     """Do the run, or what is left of it, and keep `status.json` true whatever happens."""
     try:
-        with StopRequest() as stop:
+        with StopRequest(partial(_record_leaving, run)) as stop:
             result = _adapt(run, reporter, stop, given)
             code = _exit_code(result.report)
             run.status("done", code, result.report["message"])
@@ -110,6 +114,13 @@ def _record(run: Run, state: str, error: Exception) -> None:
         run.status(state, error.exit_code if isinstance(error, AdaptkitError) else 1, str(error))
 
 
+def _record_leaving(run: Run) -> None:
+    """A second signal ends the process at once; what another process or the end of the run wrote stays."""
+    if (run.read_json("status.json") or {}).get("state") == "running":
+        message = f"left at once at a second signal; go on with: adaptkit resume {run.path}"
+        run.status("interrupted", Interrupted.exit_code, message)
+
+
 def _exit_code(report: dict[str, Any]) -> int:
     if report["verdict"] == "collapsed":
         return Collapsed.exit_code  # wins over a gain that was not met
@@ -134,9 +145,9 @@ def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | B
 
     phase("scan", "reading the images")
     inputs = open_inputs(run.recipe, run.path / INDEX)
-    run, plan = resolve(run, inputs, accelerator, reporter)
+    run, plan = resolve(run, original, inputs, accelerator, reporter)
     bad = BadImages(run.path / "bad_images.jsonl", len(inputs.everything), run.recipe.data.max_bad)
-    write_manifest(run, original, inputs, accelerator)
+    write_manifest(run, original, inputs, accelerator, reporter)
     if accelerator.is_main_process:
         save_index(run.path / INDEX, inputs.everything)
 

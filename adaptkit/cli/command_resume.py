@@ -13,7 +13,10 @@ from adaptkit.cli.options import as_json, quiet
 @as_json
 @quiet
 def resume_command(run: str, as_json: bool, quiet: bool) -> None:
-    """Go on where the run in the folder RUN stopped. Its recipe says everything; there is nothing to retype."""
+    """Go on where the run in the folder RUN stopped. Its recipe says everything; there is nothing to retype.
+
+    Images, labels and weights must be those it began with. What else differs is noted, and kept in manifest.json.
+    """
     from adaptkit.run import Run  # here, because `adaptkit --help` needs none of it
 
     execute(Run.open(run), as_json, quiet)

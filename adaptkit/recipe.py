@@ -53,7 +53,7 @@ class Recipe(Settings):
     require_gain: Annotated[str | None, BeforeValidator(none_from_text)] = Field(
         None, description="METRIC>=POINTS that the lower end of the interval must reach"
     )
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     epochs: float = Field(10, gt=0, description="passes over the training images")
     steps: Annotated[int | None, BeforeValidator(none_from_text)] = Field(None, ge=1, description="instead of epochs")
     budget: Annotated[str | None, BeforeValidator(none_from_text), AfterValidator(check_budget)] = Field(
@@ -161,7 +161,7 @@ def _find_recipe(recipe: str) -> Path:
     if recipe in names:
         return recipes_folder() / f"{recipe}.yaml"
     if recipe.endswith((".yaml", ".yml")):
-        if Path(recipe).is_file():
+        if os.path.isfile(recipe):  # unlike Path.is_file it answers for overlong names too
             return Path(recipe)
         raise UsageError(f"{recipe}: no such recipe file; check the path, or name one of {', '.join(names)}")
     hint = did_you_mean(recipe, names)
@@ -194,11 +194,17 @@ def _validate(tree: dict[str, Any], where: str) -> Recipe:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
+    key = _short(".".join(path))
     if first["type"] != "extra_forbidden":
-        return f"{key or 'recipe'} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+        return f"{key or 'recipe'} = {_short(repr(first['input']))}: {first['msg'].removeprefix('Value error, ')}"
     group: type[BaseModel] = Recipe
     for part in path[:-1]:
         group = group.model_fields[part].annotation  # type: ignore[assignment]
     hint = did_you_mean(path[-1], list(group.model_fields))
     return f"unknown key {key}{hint or '; see `adaptkit recipes --schema`'}"
+
+
+def _short(text: str) -> str:
+    """At most 80 characters on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else f"{line[:77]}..."

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from safetensors.torch import load_file
@@ -64,6 +65,10 @@ def read_weights(path: Path) -> tuple[Mapping[str, Any], str]:
 def _unpickle(path: Path) -> object:
     with open(path, "rb") as file:
         is_zip = file.read(4) == ZIP_MAGIC
+    if is_zip:
+        with ZipFile(path) as archive:  # torch compresses nothing: what unpacks to more than the file may be a bomb
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise UnpicklingError("its content is compressed, which torch does not do")
     named = {*OLD_GLOBALS, *(_unknown_globals(path) if is_zip else ())}
     inert = torch.serialization.safe_globals([(Inert, name) for name in named])
     try:

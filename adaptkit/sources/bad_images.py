@@ -63,9 +63,9 @@ class BadImages:
 
 
 def _count(max_bad: str, num_images: int) -> int:
-    if max_bad.endswith("%"):
-        return int(num_images * float(max_bad[:-1]) / 100 + 1e-9)  # 1e-9: 2.3 % of 3,000 is 69, not 68.999...
-    return int(float(max_bad))
+    # 1e-9: 2.3 % of 3,000 is 69, not 68.999...
+    count = num_images * float(max_bad[:-1]) / 100 + 1e-9 if max_bad.endswith("%") else float(max_bad)
+    return int(min(num_images, count))  # a number of 400 digits is infinite
 
 
 def _load(file: Path) -> list[tuple[str, str]]:
@@ -82,7 +82,7 @@ def _load(file: Path) -> list[tuple[str, str]]:
     try:
         entries = [json.loads(line) for line in content[:complete].splitlines()]
         return [(str(entry["path"]), str(entry["reason"])) for entry in entries]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{shown(file)}: damaged; delete it, bad images will be found again") from None
 
 

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL.ImageFile
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import PREFIXES, TiffImageFile
 
 from adaptkit.errors import AdaptkitError
 from adaptkit.sources.pixels import DEEP, LOW_BYTES, Scale, bits_per_channel, deep_to_8_bit, raw_mode, to_rgb
+from adaptkit.sources.scan import file_size
 from adaptkit.sources.source import BadImage
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else PIL's remarks on odd files reach the terminal
 
 MAX_PIXELS = 178_956_970
 """More is a decompression bomb. Our own limit: PIL's is a global that other code switches off."""
+
+MAX_ASPECT = 200
+"""Long side / short side: resized to what the backbone takes on the short one, a longer image takes gigabytes."""
 
 DRAFT_SIDE = 448
 """DCT-scaled decoding keeps the short side at least this long, so it starts at twice this."""
@@ -52,6 +60,10 @@ UPRIGHT = {
 }
 
 
+_lock = threading.Lock()  # of `_whole_only`
+_readers, _theirs = 0, False
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """What the header of an image file says; the pixels may still be damaged."""
@@ -73,12 +85,16 @@ def decode(path: Path, *, min_side: int = 8, scale: Scale = "range") -> Image.Im
     if all values lie in it, else as 0..255 if they lie in that, else by the image's own minimum and maximum.
     `percentile`: from the 1st to the 99th percentile of the image, of all channels together.
     Raises `BadImage` for a file that is missing, truncated, no image, smaller than `min_side` px, larger than
-    `MAX_PIXELS`, or with pixels that are NaN or infinite.
+    `MAX_PIXELS`, narrower than 1 : `MAX_ASPECT`, or with pixels that are NaN or infinite.
     """
     with _opened(path) as image:
+        width, height = image.size
         if min(image.size) < min_side:
-            width, height = image.size
             raise BadImage(str(path), f"{width} x {height} px is too small, at least {min_side} px a side are needed")
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise BadImage(str(path), f"{width} x {height} px is too narrow, at most 1 : {MAX_ASPECT} can be used")
+        if isinstance(image, PngImageFile):
+            _check_png(path)
         if isinstance(image, JpegImageFile):
             _draft_(image)
         raw = raw_mode(image)
@@ -105,8 +121,10 @@ def _opened(path: Path) -> Iterator[ImageFile]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about sizes we check ourselves
+            if file_size(os.fsencode(path)) is None:  # it was one when the folder was listed
+                raise BadImage(str(path), "is a directory, a pipe or a device, not a file")
             # opened by us: PIL maps files that it opens into memory, and scrambles turned TIFFs while at it
-            with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            with _whole_only(), path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
                 _check_pixels(image.size, str(path))
                 if isinstance(image, TiffImageFile):
                     _check_tiff(image, str(path))
@@ -116,6 +134,38 @@ def _opened(path: Path) -> Iterator[ImageFile]:
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything: SyntaxError, struct.error, ...
         raise BadImage(str(path), _reason(error, path)) from error
+
+
+@contextmanager
+def _whole_only() -> Iterator[None]:
+    """PIL makes what is missing of a file grey when other code has set its global for that.
+
+    Several threads may read: the first puts the global away, the last puts it back.
+    """
+    global _readers, _theirs
+    with _lock:
+        if not _readers:
+            _theirs, PIL.ImageFile.LOAD_TRUNCATED_IMAGES = PIL.ImageFile.LOAD_TRUNCATED_IMAGES, False
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _readers -= 1
+            if not _readers:
+                PIL.ImageFile.LOAD_TRUNCATED_IMAGES = _theirs
+
+
+def _check_png(path: Path) -> None:
+    """Compare the checksums of the pixels, which PIL does not: it makes a picture of zeros from a broken download."""
+    with path.open("rb") as file:
+        file.seek(8)  # the signature
+        while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
+            length = int.from_bytes(start[:4], "big")
+            if start[4:] != b"IDAT":
+                file.seek(length + 4, os.SEEK_CUR)
+            elif zlib.crc32(start[4:] + file.read(length)) != int.from_bytes(file.read(4), "big"):
+                raise BadImage(str(path), "the pixels are damaged or cut off")
 
 
 def _check_pixels(size: tuple[int, int], path: str) -> None:

@@ -61,7 +61,7 @@ def has_class_folders(root: str | Path) -> bool:
     root = Path(root)
     parts = (root / "train", root / "test") if _has_train_and_test(root) else (root,)
     try:
-        return root.is_dir() and all(len(set(_open(part)[1])) >= 2 for part in parts)
+        return os.path.isdir(root) and all(len(set(_open(part)[1])) >= 2 for part in parts)
     except DataError:
         return False
 
@@ -108,7 +108,7 @@ def _halve_classes(source: FolderSource, seed: int) -> tuple[NDArray[np.int64], 
 
 def _open(path: Path, scale: Scale = "range") -> tuple[FolderSource, list[str]]:
     """The images, without labels yet, and the name of each one's class."""
-    if path.is_file():
+    if os.path.isfile(path):
         return _read_list(path, scale)
     source = open_folder(path, scale)
     names = []
@@ -154,4 +154,4 @@ def _label(source: FolderSource, names: Sequence[str], class_names: tuple[str, .
 
 
 def _has_train_and_test(root: Path) -> bool:
-    return (root / "train").is_dir() and (root / "test").is_dir()
+    return os.path.isdir(root / "train") and os.path.isdir(root / "test")  # unlike Path's they take any text

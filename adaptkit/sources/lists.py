@@ -36,15 +36,20 @@ def read_paths(file: Path) -> Iterator[tuple[str, str]]:
 
 def read_table(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """(where it stands, the cells of these columns) of every row. Raises `DataError` for a wrong header or a gap."""
-    reader = csv.reader(_lines(file))
+    lines = _lines(file)
+    first = csv.reader(lines)
+    reader = csv.reader(lines, strict=True)  # else a quote that is not closed swallows all rows after it
     try:
-        positions = _positions(next(reader, []), columns, file)
+        header = next(first, [])
+        positions = _positions(header, columns, file)
         for row in reader:
             if not row:
                 continue
-            where = f"{shown(file)} line {reader.line_num}"
+            where = f"{shown(file)} line {first.line_num + reader.line_num}"
             if len(row) <= max(positions) or not all(row[position].strip() for position in positions):
                 raise DataError(f"{where}: {shown(','.join(row))[:80]!r} needs a {' and a '.join(columns)}")
+            if any(cell.strip() for cell in row[len(header) :]):
+                raise DataError(f"{where}: has more cells than the header; put quotes around what has a comma in it")
             yield where, [row[position].strip() for position in positions]
     except csv.Error as error:
         raise DataError(f"{shown(file)}: cannot be read as a {','.join(columns)} list ({error})") from None
@@ -73,6 +78,9 @@ def locate(path: str, folder: Path, root: Path, where: str) -> tuple[bytes, int]
 def _positions(header: Sequence[str], columns: Sequence[str], file: Path) -> list[int]:
     words = [word.strip() for word in header]
     if all(column in words for column in columns):
+        for column in columns:
+            if words.count(column) > 1:
+                raise DataError(f"{shown(file)}: has {words.count(column)} columns {column}; keep one")
         return [words.index(column) for column in columns]
     line = ",".join(header)
     for separator, name in SEPARATORS.items():

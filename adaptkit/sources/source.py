@@ -56,5 +56,6 @@ def hash_order(names: Iterable[str], salt: str) -> NDArray[np.int64]:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path for a message: bytes that are not UTF-8 are escaped, so that any stream can carry it."""
-    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    """A path for a message of one line: line breaks, control characters and bytes that are not UTF-8 are escaped."""
+    text = os.fspath(path)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

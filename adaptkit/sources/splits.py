@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from adaptkit.errors import DataError
 from adaptkit.sources.folder import FolderSource
+from adaptkit.sources.scan import file_size
 from adaptkit.sources.source import ImageSource, hash_order
 
 MIN_IMAGES = 8
@@ -111,6 +113,8 @@ def _digests(source: FolderSource, indices: NDArray[np.int64]) -> dict[int, byte
 
 
 def _content_digest(file: Path) -> bytes | None:
+    if file_size(os.fsencode(file)) is None:  # a pipe by now
+        return None
     try:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "blake2b").digest()

@@ -14,7 +14,7 @@ from adaptkit.embedding import Embedder
 from adaptkit.estimate import Forecast
 from adaptkit.inputs import Inputs
 from adaptkit.probes.measure import measure_target
-from adaptkit.recipe import Recipe
+from adaptkit.recipe import Recipe, load_recipe
 from adaptkit.report.document import scores_to_json
 from adaptkit.requirement import LABEL_METRIC
 from adaptkit.sources import evenly_spaced
@@ -75,8 +75,8 @@ def try_command(recipe: Recipe, forecast: Forecast) -> str | None:
 
 
 def changed_settings(recipe: Recipe) -> dict[str, Any]:
-    """Dotted keys that differ from the defaults, beside those that have a place of their own on the command line."""
-    given, usual = _flat(recipe.model_dump(mode="json")), _flat(Recipe().model_dump(mode="json"))
+    """Dotted keys that differ from the default recipe, beside those that have a place of their own on the command line."""
+    given, usual = _flat(recipe.model_dump(mode="json")), _flat(load_recipe().model_dump(mode="json"))
     own = ("backbone", "data.path", "labels", "budget")
     return {key: value for key, value in given.items() if key not in own and value != usual[key]}
 

@@ -75,7 +75,7 @@ def try_command(recipe: Recipe, forecast: Forecast) -> str | None:
 
 
 def changed_settings(recipe: Recipe) -> dict[str, Any]:
-    """Dotted keys that differ from the default recipe, beside those that have a place of their own on the command line."""
+    """Dotted keys that differ from the default recipe, beside those with a place of their own on the command line."""
     given, usual = _flat(recipe.model_dump(mode="json")), _flat(load_recipe().model_dump(mode="json"))
     own = ("backbone", "data.path", "labels", "budget")
     return {key: value for key, value in given.items() if key not in own and value != usual[key]}

@@ -164,8 +164,18 @@ def test_queries_given_match_classes_by_name(tmp_path: Path) -> None:
     assert answer.explicit_split
     assert len(answer.gallery) == 3
     assert [answer.queries.label(i) for i in range(2)] == [0, 2]  # of the gallery's classes, not of its own two
-    write(tmp_path, "q/yak/1.jpg")
-    with pytest.raises(DataError, match=r"yak/1\.jpg: class 'yak' has no image in the gallery"):
+    assert answer.left_out is None
+
+
+def test_queries_of_a_class_without_gallery_are_left_out_unless_most_are(tmp_path: Path) -> None:
+    write(tmp_path, "g/ant/1.jpg", "g/bee/1.jpg", "g/cow/1.jpg", "q/cow/1.jpg", "q/ant/2.jpg", "q/yak/1.jpg")
+    answer = open_labelled(tmp_path / "g", tmp_path / "q")
+    assert paths(answer.queries) == ["ant/2.jpg", "cow/1.jpg"]
+    assert [answer.queries.label(i) for i in range(2)] == [0, 2]
+    assert answer.left_out is not None
+    assert paths(answer.left_out) == ["yak/1.jpg"]
+    write(tmp_path, "q/yak/2.jpg", "q/zebra/1.jpg")
+    with pytest.raises(DataError, match=r"yak/1\.jpg: class 'yak' has no image in the gallery .* 3 of 5 queries"):
         open_labelled(tmp_path / "g", tmp_path / "q")
 
 

@@ -17,6 +17,9 @@ from adaptkit.sources.lists import locate, read_table
 from adaptkit.sources.pixels import Scale
 from adaptkit.sources.source import ImageSource, hash_order, shown
 
+MAX_UNKNOWN = 0.5
+"""Share of queries whose class the gallery may lack: a rare class may be missing, but not most of them."""
+
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -28,6 +31,7 @@ class Labelled:
     queries: FolderSource
     class_names: tuple[str, ...]
     explicit_split: bool  # given by the user, not drawn by us
+    left_out: FolderSource | None = None  # queries of classes that the gallery lacks: nothing could find them
 
 
 def open_labelled(
@@ -37,8 +41,8 @@ def open_labelled(
 
     With `queries`, `data` is all gallery; with `train/` and `test/` inside, these are gallery and queries; otherwise
     every class is halved by hash of path and seed, the gallery getting the odd image. Raises `DataError` naming the
-    first offender: missing file, image outside class folders, no header, fewer than two classes, class without
-    gallery. `scale` is for images of more than 8 bits, see `decode`.
+    first offender: missing file, image outside class folders, no header, fewer than two classes, most queries of
+    classes without gallery (a few are `left_out`). `scale` is for images of more than 8 bits, see `decode`.
     """
     data = Path(data)
     if queries is not None:
@@ -82,15 +86,18 @@ def _given_split(data: Path, queries: Path, scale: Scale) -> Labelled:
     held, query_names = _open(queries, scale)
     class_names = _class_names(gallery_names, data)
     known = set(class_names)
-    for index, name in enumerate(query_names):
-        if name not in known:
-            raise DataError(
-                f"{shown(held.file(index))}: class {shown(name)!r} has no image in the gallery {shown(data)}; "
-                "add some there, or remove it from the queries"
-            )
-    return Labelled(
-        _label(gallery, gallery_names, class_names), _label(held, query_names, class_names), class_names, True
-    )
+    is_known = np.array([name in known for name in query_names])
+    unknown = np.flatnonzero(~is_known)
+    if len(unknown) > MAX_UNKNOWN * len(held):
+        first = int(unknown[0])
+        raise DataError(
+            f"{shown(held.file(first))}: class {shown(query_names[first])!r} has no image in the gallery {shown(data)}, "
+            f"nor have those of {len(unknown)} of {len(held)} queries; use the same class names in both"
+        )
+    kept = held.subset(np.flatnonzero(is_known))
+    labelled = _label(kept, [name for name in query_names if name in known], class_names)
+    left_out = held.subset(unknown) if len(unknown) else None
+    return Labelled(_label(gallery, gallery_names, class_names), labelled, class_names, True, left_out)
 
 
 def _halve_classes(source: FolderSource, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

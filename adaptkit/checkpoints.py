@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adaptkit.errors import DataError
+from adaptkit.errors import AdaptkitError, DataError
 from adaptkit.run import atomic, machine_errors
 from adaptkit.space import require_space
 
@@ -63,12 +63,17 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: damaged checkpoint ({error}); start the run again with --overwrite") from None
+    except AdaptkitError:  # from a signal handler, not from the file
+        raise
+    except Exception as error:  # a damaged header makes safetensors raise nearly anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: damaged checkpoint ({reason}); start the run again with --overwrite") from None
 
 
 def _state(file: Any) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((file.metadata() or {})["adaptkit"])
+    state = json.loads((file.metadata() or {})["adaptkit"])
+    if not isinstance(state, dict):
+        raise ValueError("its state is no mapping")
     return state
 
 
@@ -85,16 +90,29 @@ def pack_training(student: nn.Module, teacher: nn.Module, optimizer: torch.optim
 def unpack_training_(
     tensors: dict[str, Tensor], student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put what `pack_training` gave back in place."""
-    student.load_state_dict(with_prefix(tensors, "student."))
-    teacher.load_state_dict(with_prefix(tensors, "teacher."))
-    for key in {name.split(".")[1] for name in tensors if name.startswith("optimizer.")}:
-        values = with_prefix(tensors, f"optimizer.{key}.")
-        for name, parameter in student.named_parameters():
-            if name in values:
-                # AdamW keeps its step count on the CPU and the moments beside the parameter
-                device = "cpu" if key == "step" else parameter.device
-                optimizer.state[parameter][key] = values[name].to(device)
+    """Put what `pack_training` gave back in place. Raises `DataError` if it is of another network."""
+    for network, prefix in ((student, "student."), (teacher, "teacher.")):
+        _check_fit(with_prefix(tensors, prefix), network.state_dict())
+        network.load_state_dict(with_prefix(tensors, prefix))
+    keys = {name.split(".")[1] for name in tensors if name.startswith("optimizer.")}
+    for name, parameter in student.named_parameters():
+        values = {key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors}
+        if not values:  # frozen so far
+            continue
+        fits = all(value.ndim == 0 or value.shape == parameter.shape for value in values.values())
+        if values.keys() != keys or not fits:
+            raise DataError(_misfit(f"the optimizer's state of {name}"))
+        optimizer.state[parameter].update(values)  # `optimizer.place_state_` moves it
+
+
+def _check_fit(given: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    for name in sorted(given.keys() | own.keys()):
+        if name not in given or name not in own or given[name].shape != own[name].shape:
+            raise DataError(_misfit(name))
+
+
+def _misfit(name: str) -> str:
+    return f"{LAST}: does not fit this network ({name[:80]} differs); start the run again with --overwrite"
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""Detectors that act: a diverged or collapsed channel is redrawn with a lower learning rate, then stopped.
+"""Detectors that act: a diverged or collapsed run goes back, gets a new head and a lower learning rate, then stops.
 
-What collapse means is the objective's to say (`Objective.health`); when to act is decided here.
+What a collapse of the outputs is, the objective says (`Objective.health`); that of the embeddings, and when to act,
+is decided here.
 """
 
 from __future__ import annotations
@@ -9,12 +10,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from adaptkit.objectives import Health
+from adaptkit.recipe import Recipe
 
 MAX_REDRAWS = 2
 LR_CUT = 0.5
 PATIENCE = 3  # windows of the log in a row
 RECOVERED = 0.5  # share of the best information that counts as "back" after a redraw
+MIN_VIEWS = 16  # of fewer the rank says more about the images of the batch than about the backbone
+LINE = 0.1  # directions beside the first: below it one holds 95 % of the variance, and the images lie on a line
+LINE_SHARE = 0.05  # unless the backbone began like that: a collapse leaves less than this share of those at the start
+RESIDUE = 1e-5  # share of the power: embeddings that vary less have only bf16's rounding left
+RANK = "teacher_d_eff"  # in the log
 
 
 @dataclass
@@ -25,20 +35,68 @@ class Channel:
     information: float = 0.0
     bad_windows: int = 0
     redraws: int = 0
+    first_rank: float | None = None  # of the original, or of a backbone that learnt for one window
 
     def update(self, record: Mapping[str, float], health: Health, resting: bool) -> str | None:
         """Take in a window of the log; the reason to act, or None. While `resting` (a fresh head), only divergence."""
         if not math.isfinite(record["loss"]):  # fp16's scaler skips steps of infinite gradients by itself
             return "the loss is not finite"
+        rank = record.get(RANK)
+        if rank is not None and not math.isfinite(rank):
+            return "the teacher's embeddings are not finite"
+        self.first_rank = rank if self.first_rank is None else self.first_rank
         self.information = health.information
         if resting:
             self.bad_windows = 0
             return None
         self.best_information = max(self.best_information, self.information)
-        self.bad_windows = self.bad_windows + 1 if health.collapse else 0
-        return health.collapse if self.bad_windows >= PATIENCE else None
+        collapse = health.collapse or self._rank_collapse(rank)
+        self.bad_windows = self.bad_windows + 1 if collapse else 0
+        return collapse if self.bad_windows >= PATIENCE else None
+
+    def _rank_collapse(self, rank: float | None) -> str | None:
+        if rank is None or not self.first_rank:  # 0: there never was a direction to lose
+            return None
+        if rank - 1 >= min(LINE, LINE_SHARE * (self.first_rank - 1)):
+            return None
+        return f"the embeddings collapsed: {rank:.2f} effective directions, {self.first_rank:.2f} at the start"
 
     @property
     def transmits(self) -> bool:
         """Whether the information is back after the last draw: only then may a candidate be taken."""
         return self.information > 0 and self.information >= RECOVERED * self.best_information
+
+
+class LastOutput:
+    """Keeps what a network gave last, on its device."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.output: Tensor | None = None
+
+        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:  # no method: a copied network copies those
+            self.output = output
+
+        network.register_forward_hook(keep)
+
+
+@torch.no_grad()
+def effective_directions(embeddings: Tensor) -> Tensor:
+    """(N, D) -> scalar (sum l)^2 / sum l^2, l = eigenvalues of the covariance (`d_eff`); 0 if they do not vary.
+
+    It needs no eigenvalues, as both sums are entries of the (N, N) Gram matrix, and does not wait for the device.
+    """
+    rows = embeddings.float()
+    rows = rows / rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)  # squares and their squares stay finite
+    centred = rows - rows.mean(0)
+    power, variation = rows.square().sum(), centred.square().sum()
+    directions = variation.square() / (centred @ centred.T).square().sum()
+    return torch.where(variation <= RESIDUE * power, 0.0, directions)  # NaN compares as false and stays
+
+
+def advice(collapse: str, recipe: Recipe) -> str:
+    """What to try after a run that collapsed for this reason, in one sentence."""
+    usual = type(recipe.optim).model_fields["lr"].default
+    lower = f"--lr {min(recipe.optim.lr / 10, usual):g}"
+    if "not finite" in collapse:
+        return f"Try {lower}{'' if recipe.precision == 'fp32' else ', or --precision fp32'}."
+    return f"Try {lower} or a larger --batch-size, and look with `adaptkit check` whether the images differ at all."

@@ -53,8 +53,13 @@ def train_mode_(student: Branch, frozen: bool) -> None:
 def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student; buffers are copied."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    buffers: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}  # one kernel copies tensors of one type
     for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(theirs)
+        targets, sources = buffers.setdefault(mine.dtype, ([], []))
+        targets.append(mine)
+        sources.append(theirs)
+    for targets, sources in buffers.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def redraw_head_(student: Branch, teacher: Branch, optimizer: torch.optim.Optimizer, seed: int) -> None:

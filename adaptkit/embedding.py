@@ -88,7 +88,9 @@ def embed(
     indices: list[int] = []
     failures: list[tuple[str, str]] = []
     try:
-        with _frozen(backbone.module, target), _exact_float32(), torch.inference_mode():
+        # the teacher of a run may be compiled for the sizes and the precision of training, which are not these
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, _frozen(backbone.module, target), _exact_float32(), torch.inference_mode():
             for batch in loader:
                 failures += batch.failures
                 indices += batch.indices

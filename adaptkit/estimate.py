@@ -6,7 +6,6 @@ import sys
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ class StepCost:
 
     seconds: float
     peak_bytes: int
+    fed_seconds: float = 0.0  # of `seconds`, what is left when no step waits for its batch
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,11 @@ class Passes:
         if inputs.scored is not None:
             gallery = len(inputs.scored.gallery)
             asked, report = len(inputs.scored.selection), report + len(inputs.scored.report)
+        before = gallery + report
         if inputs.scored is None or recipe.select.by == "label-free":
             asked = VIEW_PASSES * len(inputs.selection)
-        return cls(gallery + asked + report, gallery + asked, gallery + report)
+            gallery = 0
+        return cls(before + asked, gallery + asked, before)
 
 
 def time_steps(
@@ -75,11 +77,13 @@ def time_steps(
     shown = recipe.model_copy(update={"steps": WARM_STEPS + timed, "head": unfrozen})
     plan = Plan.make(shown, len(inputs.train))
     moments: list[float] = []
+    waits: list[float] = []
 
     def note(step: int) -> None:
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         moments.append(time.perf_counter())
+        waits.append(session.meter.wait)
 
     with torch.random.fork_rng():
         session = open_session(
@@ -87,8 +91,9 @@ def time_steps(
         )
         train_steps(session, note)
     accelerator.free_memory()
-    steps = [after - before for before, after in zip(moments[WARM_STEPS - 1 :], moments[WARM_STEPS:], strict=False)]
-    return StepCost(median(steps), peak_memory(accelerator.device))
+    steps = np.diff(moments[WARM_STEPS - 1 :])
+    fed = steps - np.diff(waits[WARM_STEPS - 1 :])
+    return StepCost(float(np.median(steps)), peak_memory(accelerator.device), float(np.median(fed)))
 
 
 def peak_memory(device: torch.device) -> int:

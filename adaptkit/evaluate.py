@@ -47,6 +47,8 @@ def probe(
     without class folders have no labels and get the rank measures only. `metrics` names probes: knn, linear,
     retrieval, rank. Raises `UsageError`, `BackboneError`, `DataError`.
     """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} must lie between 0 and 2**63 - 1")
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     chosen = _probe_names(metrics)
     loaded = [
@@ -55,7 +57,7 @@ def probe(
         )
         for n in names
     ]
-    gallery, asked = _open_probe_data(data, queries, seed, scale, chosen if metrics else None)
+    gallery, asked, without_gallery = _open_probe_data(data, queries, seed, scale, chosen if metrics else None)
     labelled = asked.class_names is not None
     chosen = chosen if labelled else ["rank"]
     embedder = Embedder(
@@ -72,6 +74,7 @@ def probe(
         "metrics": scores_to_json(measured[0].scores),
         "num_gallery": len(gallery),
         "num_queries": len(asked),
+        "num_without_gallery": without_gallery,
         "num_classes": len(asked.class_names) if asked.class_names else None,
         "num_bad": len({path for path, _ in measured[0].failures}),
         "seed": seed,
@@ -94,8 +97,11 @@ def _probe_names(metrics: Sequence[str] | None) -> list[str]:
 
 def _open_probe_data(
     data: str | Path, queries: str | Path | None, seed: int, scale: Scale, asked_for: Sequence[str] | None
-) -> tuple[ImageSource, ImageSource]:
-    """Gallery and queries. A folder without labels is both, if no probe that needs labels was asked for."""
+) -> tuple[ImageSource, ImageSource, int]:
+    """Gallery, queries, and how many were left out because the gallery lacks their class.
+
+    A folder without labels is both, if no probe that needs labels was asked for.
+    """
     needs_labels = asked_for is None or any(name != "rank" for name in asked_for)
     if queries is None and Path(data).is_dir() and not has_class_folders(data):
         if asked_for is not None and needs_labels:
@@ -103,9 +109,9 @@ def _open_probe_data(
                 f"{data}: no class folders, so there are no labels for {', '.join(asked_for)}; try --metric rank"
             )
         images = open_folder(data, scale)
-        return images, images
+        return images, images, 0
     labelled = open_labelled(data, queries, seed, scale)
-    return labelled.gallery, labelled.queries
+    return labelled.gallery, labelled.queries, len(labelled.left_out) if labelled.left_out else 0
 
 
 def _compare_two(name: str, first: Measurement, second: Measurement) -> dict[str, Any]:

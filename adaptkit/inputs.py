@@ -10,7 +10,7 @@ import numpy as np
 
 from adaptkit.errors import DataError, UsageError
 from adaptkit.recipe import Recipe
-from adaptkit.settings import DataSettings
+from adaptkit.settings import CACHE_WORDS, DataSettings
 from adaptkit.sources import (
     FolderSource,
     evenly_spaced,
@@ -19,6 +19,7 @@ from adaptkit.sources import (
     load_index,
     open_images,
     open_labelled,
+    refuse_foreign,
     same_content,
     split,
 )
@@ -49,10 +50,13 @@ class Inputs:
 def open_inputs(recipe: Recipe, index: Path | None = None) -> Inputs:
     """Scan, split, and take labelled images out of training. Raises `DataError`, `UsageError`.
 
-    `index` is where a run keeps the list of its images: read instead of scanning again, while it is true.
+    A `data.cache` folder that holds something else is refused too. `index` is where a run keeps the list of its
+    images: read instead of scanning again, while it is true.
     """
     if not recipe.data.path:
         raise UsageError("no images: give --data FOLDER")
+    if recipe.data.cache not in CACHE_WORDS:
+        refuse_foreign(Path(recipe.data.cache))
     target = _open_target(recipe.data, index)
     try:
         parts = split(target, recipe.data.split_by)
@@ -109,11 +113,12 @@ def _open_labels(recipe: Recipe) -> tuple[Scored | None, list[FolderSource]]:
         "gallery": len(gallery),
         "selection": len(selection),
         "report": len(report),
+        "without_gallery": len(labelled.left_out) if labelled.left_out else 0,
         "fingerprint": f"{fingerprint(labelled.gallery)}-{fingerprint(labelled.queries)}",
     }
     scored = Scored(gallery, queries.subset(selection), queries.subset(report), facts)
     held_out = [labelled.queries] if labelled.explicit_split else [labelled.queries, labelled.gallery]
-    return scored, held_out
+    return scored, held_out + ([labelled.left_out] if labelled.left_out else [])
 
 
 def fit_batch_size(recipe: Recipe, num_images: int, num_processes: int) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from adaptkit.compiling import compile_backbones
 from adaptkit.distill import balance_head_, ema_update_, redraw_head_, train_mode_
 from adaptkit.loading import Batch, StepSampler, Stuck, ViewDataset, view_loader
 from adaptkit.optimizer import set_schedule_
 from adaptkit.session import Session
-from adaptkit.views import photometric
 
 
 def train_steps(s: Session, after_step: Callable[[int], str | None]) -> str | None:
@@ -22,6 +22,7 @@ def train_steps(s: Session, after_step: Callable[[int], str | None]) -> str | No
     which is returned; None means the run is complete.
     """
     plan, recipe = s.plan, s.recipe
+    compile_backbones(s, recipe.compile)
     loader = view_loader(*_batches(s), s.workers, pin_memory=s.accelerator.device.type == "cuda")
     ready = time.perf_counter()
     for step, batch in zip(range(s.state.step, plan.total_steps), loader, strict=False):
@@ -85,15 +86,14 @@ def _batches(s: Session) -> tuple[ViewDataset, StepSampler]:
 
 def to_device(s: Session, batch: Batch) -> tuple[list[torch.Tensor], int]:
     """uint8 crops -> normalised views on the device, view-major: [(G * n, 3, S, S), (L * n, 3, s, s)], and n."""
-    device, backbone = s.accelerator.device, s.backbone
+    device = s.accelerator.device
     num_images, num_global = batch.global_crops.shape[:2]
     factors = batch.factors.to(device, non_blocking=True).transpose(0, 1)  # (V, n, 8)
     views = []
     for crops, part in ((batch.global_crops, factors[:num_global]), (batch.local_crops, factors[num_global:])):
         if crops.shape[1]:
             pixels = crops.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-            parts = s.multicrop.parts
-            views.append(photometric(pixels, part.flatten(0, 1), backbone.mean, backbone.std, parts))
+            views.append(s.normalised(pixels, part.flatten(0, 1)))
     return views, num_images
 
 

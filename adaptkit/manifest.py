@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from adaptkit.backbones import Backbone
 from adaptkit.checkpoints import LAST, load_state
 from adaptkit.errors import BackboneError, DataError
 from adaptkit.inputs import Inputs
-from adaptkit.run import Run, environment
+from adaptkit.run import INDEX, Run, environment
 from adaptkit.session import Reporter
+from adaptkit.sources import FolderSource
+from adaptkit.sources.source import shown
 
 NAME = "manifest.json"
+MAX_COMPARED = 1_000_000  # images, to be named when they changed; beyond that counting has to do
 SAID_AS = {"device": "device", "precision": "precision", "num_processes": "processes"}
 
 
@@ -46,10 +53,36 @@ def refuse_other_images(run: Run, inputs: Inputs) -> None:
         ("labels_fingerprint", run.recipe.labels, labels_fingerprint(inputs)),
     ):
         if known.get(key) != found:
+            detail = image_changes(run.path / INDEX, inputs.everything) if key == "data_fingerprint" else ""
             raise DataError(
-                f"{path}: files were added, removed or changed since {run.path} began; "
+                f"{path}: files were added, removed or changed since {run.path} began{detail}; "
                 "restore them to resume, or start again with --overwrite"
             )
+
+
+def image_changes(index: Path, images: FolderSource) -> str:
+    """` (1 removed: a.jpg; 2 changed: b.jpg, ...)`: `images` against the run's index; empty if that is no help."""
+    try:
+        kept = load_file(index)
+        ends, sizes = kept["offsets"][1:].tolist(), kept["sizes"].tolist()
+        content = kept["names"].tobytes()
+    except (OSError, SafetensorError, KeyError):
+        return ""
+    if max(len(sizes), len(images)) > MAX_COMPARED:
+        return f" ({len(sizes)} images then, {len(images)} now)"
+    before = {content[start:end]: size for start, end, size in zip([0, *ends], ends, sizes, strict=False)}
+    now = {os.fsencode(images.path(row)): size for row, size in enumerate(images.sizes.tolist())}
+    kinds = {
+        "added": now.keys() - before.keys(),
+        "removed": before.keys() - now.keys(),
+        "changed": {name for name in now.keys() & before.keys() if now[name] != before[name]},
+    }
+    parts = [f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds.items() if names]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _first(names: set[bytes]) -> str:
+    return shown(os.fsdecode(min(names))) + (", ..." if len(names) > 1 else "")
 
 
 def labels_fingerprint(inputs: Inputs) -> str | None:

@@ -11,6 +11,7 @@ from adaptkit.distill import Branch
 from adaptkit.schedules import Plan
 
 BETAS = (0.9, 0.999)
+FUSED_DEVICES = ("cpu", "cuda")  # one kernel for all parameters of a group, and no host synchronisation under fp16
 
 
 def build_optimizer(student: Branch, plan: Plan) -> torch.optim.AdamW:
@@ -26,7 +27,24 @@ def build_optimizer(student: Branch, plan: Plan) -> torch.optim.AdamW:
     for decays in (True, False):
         parameters = [p for p in student.head.parameters() if (p.ndim > 1) == decays]
         groups.append(_group(parameters, 1.0, decays, is_head=True))
-    return torch.optim.AdamW(groups, lr=plan.recipe.optim.lr, betas=BETAS)
+    fused = next(student.parameters()).device.type in FUSED_DEVICES
+    return torch.optim.AdamW(groups, lr=plan.recipe.optim.lr, betas=BETAS, fused=fused)
+
+
+@torch.no_grad()
+def place_state_(optimizer: torch.optim.Optimizer) -> None:
+    """Lay restored state out as a fresh optimizer would: beside its parameter, in the same order in memory.
+
+    Fused AdamW reads parameter, moments and step count in one kernel: another order would pair the wrong numbers.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if name != "step":
+                    state[name] = torch.empty_like(parameter).copy_(value)
+                elif group["fused"]:
+                    state[name] = value.to(parameter.device)
 
 
 def _group(parameters: list[torch.nn.Parameter], lr_scale: float, decays: bool, is_head: bool) -> dict[str, Any]:

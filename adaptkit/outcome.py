@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adaptkit.backbones import Backbone
+from adaptkit.collapse import advice
 from adaptkit.distill import interpolate
 from adaptkit.embedding import Embedder
 from adaptkit.inputs import Inputs
@@ -125,6 +126,8 @@ def compose_report(
     required = requirement.judge(asked.lo if asked else None) if requirement else None
     delta = outcome.guard_delta if outcome.guard_fired else outcome.deltas.get(judge.primary)
     message = sentence(outcome.verdict, judge.primary, delta, outcome.guard_fired, outcome.collapse, has_labels)
+    if outcome.collapse:
+        message += f" {advice(outcome.collapse, run.recipe)}"
     if required and not required["met"]:
         reached = "no interval" if required["lower"] is None else f"lower end {required['lower']:+.2f}"
         message += f" The required gain {required['metric']} >= {required['points']:g} is not met ({reached})."
@@ -164,6 +167,7 @@ def compose_report(
         "throughput": {
             "images_per_second": state.images / state.seconds if state.seconds else None,
             "data_wait_percent": 100 * state.wait / state.seconds if state.seconds else None,
+            "compile_seconds": s.compile_seconds,
             "device": str(s.accelerator.device),
             "precision": run.recipe.precision,
             "num_processes": s.accelerator.num_processes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from adaptkit.recipe import Recipe
 from adaptkit.run import Run
 from adaptkit.schedules import Plan
 from adaptkit.session import Reporter
+from adaptkit.settings import CACHE_WORDS
+from adaptkit.sources import DecodeCache
 from adaptkit.space import require_space_for_run
 
 
@@ -47,12 +50,14 @@ def resolve(
     """`settle`, and write down the recipe that comes of it.
 
     Raises `BackboneError` or `DataError` when a run is resumed with other weights or on other images than it began
-    with, `MachineError` when its disk has no room for what it will write.
+    with, `MachineError` when its disk has no room for what it will write or its cache cannot be made.
     """
     refuse_other_weights(run, original)
     refuse_other_images(run, inputs)
     recipe = settle(run.recipe, inputs, accelerator, reporter)
     plan = Plan.make(recipe, len(inputs.train))
+    if recipe.data.cache not in CACHE_WORDS:
+        DecodeCache.make(Path(recipe.data.cache))  # here, not after the probes
     if accelerator.is_main_process:
         require_space_for_run(run.path, original, plan)
         run.replace_recipe(recipe)
@@ -64,6 +69,8 @@ def settle(recipe: Recipe, inputs: Inputs, accelerator: Accelerator, reporter: R
     batch_size = fit_batch_size(recipe, len(inputs.train), accelerator.num_processes)
     if batch_size != recipe.batch_size:
         reporter.note(f"batch size {batch_size} instead of {recipe.batch_size}: {len(inputs.train)} training images")
+    if inputs.scored is not None and (unknown := inputs.scored.facts["without_gallery"]):
+        reporter.note(f"{recipe.labels}: {unknown} queries left out, no image of their class is in the gallery")
     if not recipe.pretrained:
         recipe = without_protection(recipe)
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)

@@ -16,6 +16,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from adaptkit.errors import UsageError, did_you_mean
 from adaptkit.settings import (
+    CACHE_WORDS,
+    MAX_COUNT,
+    MAX_EPOCHS,
+    MAX_PX,
+    MAX_STEPS,
+    MAX_WORKERS,
     DataSettings,
     Duration,
     HeadSettings,
@@ -54,21 +60,26 @@ class Recipe(Settings):
         None, description="METRIC>=POINTS that the lower end of the interval must reach"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
-    epochs: float = Field(10, gt=0, description="passes over the training images")
-    steps: Annotated[int | None, BeforeValidator(none_from_text)] = Field(None, ge=1, description="instead of epochs")
+    epochs: float = Field(10, gt=0, le=MAX_EPOCHS, description="passes over the training images")
+    steps: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
+        None, ge=1, le=MAX_STEPS, description="instead of epochs"
+    )
     budget: Annotated[str | None, BeforeValidator(none_from_text), AfterValidator(check_budget)] = Field(
         None, description="at most this much time for the whole run, as in 30m; fewer steps if need be"
     )
-    batch_size: int = Field(64, ge=2, description="images per step, over all processes")
+    batch_size: int = Field(64, ge=2, le=MAX_COUNT, description="images per step, over all processes")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of training; probes use fp32")
     workers: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
-        None, ge=0, description="loader processes; null: by the machine"
+        None, ge=0, le=MAX_WORKERS, description="loader processes; null: by the machine"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the backbone (torch.compile); auto: on a GPU, in runs that are long enough"
     )
     image_px: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
-        None, ge=16, description="side of a global crop; null: the backbone's own"
+        None, ge=16, le=MAX_PX, description="side of a global crop; null: the backbone's own"
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the student")
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    log_every: int = Field(10, ge=1, le=MAX_STEPS, description="steps between lines of metrics.jsonl")
     checkpoint_every: Duration = Field("10%", description="how often the state of training is saved")
     objective: ObjectiveSettings = ObjectiveSettings()
     head: HeadSettings = HeadSettings()
@@ -84,7 +95,8 @@ class Recipe(Settings):
             key: os.path.abspath(getattr(self, key)) for key in PATH_KEYS if getattr(self, key) is not None
         }
         images = tuple(os.path.abspath(path) for path in self.data.path)
-        paths["data"] = self.data.model_copy(update={"path": images})
+        cache = self.data.cache if self.data.cache in CACHE_WORDS else os.path.abspath(self.data.cache)
+        paths["data"] = self.data.model_copy(update={"path": images, "cache": cache})
         # a plain word is a name, unless a saved backbone lies in a folder of that name; `nano` always is
         folder = self.backbone if self.backbone != "nano" else None
         if folder and (os.path.dirname(folder) or os.path.isfile(os.path.join(folder, "config.json"))):
@@ -93,12 +105,14 @@ class Recipe(Settings):
 
 
 PATH_KEYS = ("labels", "weights")
+MAX_PARTS = 8  # of a dotted key; no key has more than two
 FLAGS = {  # command-line flag -> key of the recipe
     "data": "data.path",
     "lr": "optim.lr",
     "select": "select.by",
     "max_bad": "data.max_bad",
     "scale": "data.scale",
+    "cache": "data.cache",
 }
 
 
@@ -129,11 +143,11 @@ def load_recipe(
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise UsageError(f"--set {assignment}: write key=value, as in --set optim.lr=1e-4")
-        value = parse_yaml(text, f"--set {key}")
+            raise UsageError(f"--set {_short(assignment)}: write key=value, as in --set optim.lr=1e-4")
+        value = parse_yaml(text, f"--set {_short(key)}")
         key = _full(key, value)
         if any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in given):
-            raise UsageError(f"{key} is given twice; keep one")
+            raise UsageError(f"{_short(key)} is given twice; keep one")
         given[key] = value
     for key, value in given.items():
         _set_key(tree, key, value)
@@ -165,7 +179,7 @@ def _find_recipe(recipe: str) -> Path:
             return Path(recipe)
         raise UsageError(f"{recipe}: no such recipe file; check the path, or name one of {', '.join(names)}")
     hint = did_you_mean(recipe, names)
-    raise UsageError(f"unknown recipe {recipe!r}{hint} (recipes: {', '.join(names)}; or a .yaml file)")
+    raise UsageError(f"unknown recipe {_short(repr(recipe))}{hint} (recipes: {', '.join(names)}; or a .yaml file)")
 
 
 def _full(key: str, value: Any) -> str:
@@ -175,12 +189,14 @@ def _full(key: str, value: Any) -> str:
 
 def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
+    if len(parents) >= MAX_PARTS:
+        raise UsageError(f"unknown key {_short(key)}; see `adaptkit recipes --schema`")
     for parent in parents:
         if _full(parent, tree.get(parent, {})) != parent:
             tree[parent] = {"path": tree[parent]}
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise UsageError(f"{key}: {parent} is not a group of keys")
+            raise UsageError(f"{_short(key)}: {_short(parent)} is not a group of keys")
     tree[leaf] = value
 
 

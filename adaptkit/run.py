@@ -1,7 +1,7 @@
 """The run directory: made before torch is imported, so that even a failed start leaves a record.
 
 runs/NAME/  recipe.yaml  status.json  manifest.json  metrics.jsonl  bad_images.jsonl  images.index
-            checkpoints/  backbone/  head.safetensors  report.json  report.md
+            checkpoints/  cache/  backbone/  head.safetensors  report.json  report.md
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.errors import DeviceMemoryError, MachineError, UsageError
+from adaptkit.owner import alone, is_alive_elsewhere, this_process
 from adaptkit.recipe import Recipe, dump_recipe, load_recipe
 
 DISTRIBUTIONS = ("adaptkit", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors", "pillow")
@@ -33,11 +34,13 @@ OURS = (
     "bad_images.jsonl",
     INDEX,
     "checkpoints",
+    "cache",
     "backbone",
     "head.safetensors",
     "report.json",
     "report.md",
 )
+RUNNING = "running"  # the state of a run that has not ended, or was killed
 PART = re.compile(r"(\.\d+)?\.part$")
 LOCAL_CODES = (1, DeviceMemoryError.exit_code, MachineError.exit_code)  # may strike one process of several
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE}
@@ -61,13 +64,16 @@ class Run:
         path = Path(os.path.abspath(output)) if output else _fresh_name(recipe)
         if _rank() > 0:
             return cls(path, recipe)
-        with machine_errors(path):
-            if check_output(path, overwrite):
-                _clear(path)
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(path / "recipe.yaml", _as_asked(recipe))
         run = cls(path, recipe)
-        run.status("running", None, "started")
+        with machine_errors(path):
+            check_output(path, overwrite)
+            path.mkdir(parents=True, exist_ok=True)
+            with alone(path):
+                if check_output(path, overwrite):  # again: another process may have been faster
+                    run.refuse_living()
+                    _clear(path)
+                write_text(path / "recipe.yaml", _as_asked(recipe))
+                run.status(RUNNING, None, "started")
         return run
 
     @classmethod
@@ -83,13 +89,35 @@ class Run:
         self.write("recipe.yaml", dump_recipe(recipe))
         return Run(self.path, recipe)
 
+    def claim(self) -> None:
+        """Make this process the one that writes the run, and remove what a killed one left half written.
+
+        Raises `UsageError` while another process of this machine is at it.
+        """
+        if _rank() > 0:
+            return
+        with machine_errors(self.path), alone(self.path):
+            self.refuse_living()
+            for folder in (self.path, self.path / "checkpoints", self.path / "backbone"):
+                for part in folder.glob("*.part"):
+                    part.unlink(missing_ok=True)
+            self.status(RUNNING, None, "started")
+
+    def refuse_living(self) -> None:
+        """Raise `UsageError` while another process of this machine writes the run."""
+        status = read_status(self.path)
+        if status.get("state") == RUNNING and is_alive_elsewhere(status):
+            raise UsageError(f"{self.path}: still running as process {status['pid']} on this machine; stop it first")
+
     def status(self, state: str, exit_code: int | None, message: str) -> None:
         """Write `status.json`: launchers hide exit codes, so the code is also here.
 
-        Of several processes the main one speaks for all, except that each may fail alone.
+        While it runs also says which process it is: a kill leaves `running`, and the process is gone then. Of several
+        processes the main one speaks for all, except that each may fail alone.
         """
         if _rank() == 0 or exit_code in LOCAL_CODES:
-            self.write_json("status.json", {"state": state, "exit_code": exit_code, "message": message})
+            document = {"state": state, "exit_code": exit_code, "message": message}
+            self.write_json("status.json", document | (this_process() if state == RUNNING else {}))
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run, whole or not at all."""
@@ -107,7 +135,7 @@ class Run:
             return None
         try:
             document = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
             raise UsageError(f"{file}: damaged; restore it, or run again with `adaptkit adapt --overwrite`")
@@ -123,7 +151,10 @@ class Run:
         """Drop the lines after `step`: they are written again by the resumed run."""
         file = self.path / "metrics.jsonl"
         if _rank() == 0 and file.exists():
-            kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
+            try:
+                kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UsageError(f"{file}: damaged; remove it to go on without the log so far") from None
             self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
 
 
@@ -215,6 +246,8 @@ def check_output(path: Path, overwrite: bool) -> bool:
         raise UsageError(f"{nearest}: is a file; give --output a folder")
     if not path.is_dir() or not any(path.iterdir()):
         return False
+    if all(entry.name.endswith(".part") and PART.sub("", entry.name) in OURS for entry in path.iterdir()):
+        return True  # killed before the first file was whole: no run to go on with, nothing to lose
     if not overwrite and not _learnt_nothing(path):
         raise UsageError(
             f"{path}: not empty; add --overwrite to start again there, or go on with `adaptkit resume {path}`"
@@ -228,16 +261,24 @@ def check_output(path: Path, overwrite: bool) -> bool:
 
 def _learnt_nothing(path: Path) -> bool:
     """Whether a start failed there before its first checkpoint: the corrected command may take its place."""
-    try:
-        state = json.loads((path / "status.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    state = read_status(path).get("state")
     return state == "failed" and not any((path / name).exists() for name in ("checkpoints", "backbone", "report.json"))
 
 
+def read_status(path: Path) -> dict[str, Any]:
+    """`status.json` of a run; empty if it is missing or damaged."""
+    try:
+        document = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def _clear(path: Path) -> None:
+    """Remove a run's files, but for the two that make it one: killed in between it can still be overwritten."""
     for entry in path.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if entry.name not in ("recipe.yaml", "status.json"):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _whole_lines(file: Path) -> list[str]:

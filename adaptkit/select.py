@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from hashlib import blake2b
+from typing import Any, TypeVar, cast
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from adaptkit.backbones import Backbone
@@ -20,6 +22,7 @@ from adaptkit.probes import Interval
 from adaptkit.probes.measure import (
     LABEL_PROBES,
     Measurement,
+    Unpaired,
     compare,
     measure_labelled,
     measure_target,
@@ -29,6 +32,7 @@ from adaptkit.requirement import LABEL_METRIC
 
 LABEL_FREE_METRIC = "selection_score"
 NO_INTERVAL = (-math.inf, math.inf)
+Paired = TypeVar("Paired")
 FROM_SCRATCH_METRIC = "view_retrieval_top1"  # nothing of a random backbone is worth keeping
 
 
@@ -65,9 +69,12 @@ class Judge:
         self.primary = LABEL_METRIC if inputs.scored else label_free
         by_labels = inputs.scored is not None and recipe.select.by != "label-free"
         self.metric = LABEL_METRIC if by_labels else label_free
+        # weights, score and gallery of what `choose` would take so far: if it stays, the report needs the gallery again
+        self._kept: tuple[str, float, Embeddings] | None = None
 
     def measure_original(self, original: Backbone) -> Measurement:
         """Measure the original on both splits; returns what the report calls "before"."""
+        self._original = original
         gallery = self._gallery(original)
         self.original_selection = self._on_selection(original, None, gallery)
         self.original_report = self._on_report(original, None, gallery)
@@ -75,19 +82,44 @@ class Judge:
 
     def consider(self, backbone: Backbone, step: int, alpha: float) -> Candidate:
         """A candidate's score on the selection split."""
-        measured = self._on_selection(backbone, self.original_selection, self._gallery(backbone))
-        delta = compare(self.original_selection, measured)[self.metric]
+        gallery = self._gallery(backbone) if self.metric == LABEL_METRIC else None
+
+        def measure() -> tuple[Measurement, Interval | None]:
+            measured = self._on_selection(backbone, self.original_selection, gallery)
+            return measured, compare(self.original_selection, measured)[self.metric]
+
+        measured, delta = self._paired(measure)
         value = measured.scores[self.metric].value
         if delta is None:  # a single query: no interval, so no doubt can be excluded
             gain = value - self.original_selection.scores[self.metric].value
             delta = Interval(gain, *NO_INTERVAL)
         # every process has measured; what the first one found decides for all, lest rounding part them
         (candidate,) = broadcast_object_list([Candidate(step, alpha, value, delta)])
+        if gallery is not None and candidate.delta.lo > 0 and (self._kept is None or candidate.value > self._kept[1]):
+            self._kept = weights_digest(backbone), candidate.value, gallery
         return cast(Candidate, candidate)
 
     def measure_selected(self, backbone: Backbone) -> Measurement:
         """The report's "after", on images that chose nothing."""
-        return self._on_report(backbone, self.original_report, self._gallery(backbone))
+        if self._kept is not None and self._kept[0] == weights_digest(backbone):
+            gallery: Embeddings | None = self._kept[2]  # as it was when this backbone was considered
+        else:
+            gallery = self._gallery(backbone)
+
+        def measure() -> Measurement:
+            measured = self._on_report(backbone, self.original_report, gallery)
+            compare(self.original_report, measured)
+            return measured
+
+        return self._paired(measure)
+
+    def _paired(self, measure: Callable[[], Paired]) -> Paired:
+        """What `measure` says; if images have come or gone since the original was measured, it is measured again."""
+        try:
+            return measure()
+        except Unpaired:  # hours of training are not lost for an image that somebody has moved
+            self.measure_original(self._original)
+            return measure()
 
     def _gallery(self, backbone: Backbone) -> Embeddings | None:
         return self.embedder(backbone, self.inputs.scored.gallery) if self.inputs.scored else None
@@ -109,6 +141,15 @@ class Judge:
             measured = measure_labelled(gallery, queries, LABEL_PROBES) | measured
         self.on_failures(measured.failures)
         return measured
+
+
+def weights_digest(backbone: Backbone) -> str:
+    """Equal for equal weights and buffers: far cheaper than to embed a gallery again."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in backbone.module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate | None:

@@ -15,15 +15,27 @@ from pydantic import model_validator as pydantic_model_validator
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(%|epochs?|steps?|images?)")
 TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
 
+# Far beyond any use; a slip of the finger or a forged recipe must not hang or fill the memory.
+MAX_STEPS = 100_000_000
+MAX_EPOCHS = 1_000_000
+MAX_COUNT = 1_000_000  # images at once, outputs of a layer
+MAX_CROPS = 1_000  # of one kind, per image
+MAX_WORKERS = 1_024
+MAX_PX = 16_384
+MAX_AMOUNT = 1_000_000_000_000  # of a duration, in its unit
+
 
 def _check_duration(text: str) -> str:
-    if text != "never" and not DURATION.fullmatch(text):
+    match = DURATION.fullmatch(text)
+    if text != "never" and match is None:
         raise ValueError("write 'never' or a number with a unit, as in 25%, 2 epochs, 500 steps, 10000 images")
+    if match and float(match[1]) > MAX_AMOUNT:
+        raise ValueError(f"the number must be at most {MAX_AMOUNT}; for not at all write 'never'")
     return text
 
 
 def check_budget(text: str | None) -> str | None:
-    if text is not None and not (TIME.fullmatch(text) and budget_seconds(text) > 0):
+    if text is not None and not (TIME.fullmatch(text) and 0 < budget_seconds(text) <= MAX_AMOUNT):
         raise ValueError("write a time with its unit, as in 90s, 30m, 2h")
     return text
 
@@ -83,8 +95,8 @@ class ObjectiveSettings(Settings):
     """What is learnt: BITS (arXiv 2602.09764), or a continuous baseline, SimDINO (2502.10385) or DINO (2104.14294)."""
 
     name: Literal["bits", "simdino", "dino"] = Field("bits", description="training objective")
-    num_bits: int = Field(256, ge=2, description="bits: bits of the code (B)")
-    hidden_dim: int = Field(2048, ge=1, description="width of the projection head's two hidden layers")
+    num_bits: int = Field(256, ge=2, le=MAX_COUNT, description="bits: bits of the code (B)")
+    hidden_dim: int = Field(2048, ge=1, le=MAX_COUNT, description="width of the projection head's two hidden layers")
     beta: float = Field(0.1, ge=0, description="bits: weight of the coding rate")
     rate_target: Annotated[float | None, BeforeValidator(none_from_text)] = Field(
         0.4,
@@ -99,9 +111,11 @@ class ObjectiveSettings(Settings):
         "always",
         description="bits: keep the teacher's bits half 0 and half 1, at every draw of the head or at every step",
     )
-    output_dim: int = Field(256, ge=2, description="simdino: outputs of the head; dino: width before the prototypes")
+    output_dim: int = Field(
+        256, ge=2, le=MAX_COUNT, description="simdino: outputs of the head; dino: width before the prototypes"
+    )
     num_prototypes: int = Field(
-        4096, ge=2, description="dino: outputs of the head; the paper's 65536 are for millions of images"
+        4096, ge=2, le=MAX_COUNT, description="dino: outputs of the head; the paper's 65536 are for millions of images"
     )
     final_teacher_temperature: float = Field(
         0.04, gt=0, description="dino: reached from 0.04 over the first 30 % of the run; 0.07 is for long ones"
@@ -128,8 +142,8 @@ class HeadSettings(Settings):
 class ViewSettings(Settings):
     """What a view is: crops and flips in the workers, photometrics on the device."""
 
-    num_global: int = Field(2, ge=2, description="global crops per image")
-    num_local: int = Field(6, ge=0, description="local crops per image")
+    num_global: int = Field(2, ge=2, le=MAX_CROPS, description="global crops per image")
+    num_local: int = Field(6, ge=0, le=MAX_CROPS, description="local crops per image")
     local_ratio: float = Field(96 / 224, gt=0, le=1, description="local crop side / global crop side")
     global_scale: tuple[float, float] = Field((0.4, 1.0), description="area share of a global crop")
     local_scale: tuple[float, float] = Field((0.05, 0.4), description="area share of a local crop")
@@ -205,6 +219,9 @@ class TeacherSettings(Settings):
     )
 
 
+CACHE_WORDS = ("auto", "on", "off")
+
+
 class DataSettings(Settings):
     """The images, which of them are held out, how deep pixels are read, and how many bad ones are accepted."""
 
@@ -218,6 +235,12 @@ class DataSettings(Settings):
     scale: Literal["range", "percentile"] = Field(
         "range", description="pixels of more than 8 bits: by their type's range, or from their 1st to 99th percentile"
     )
+    cache: str = Field(
+        "auto",
+        min_length=1,
+        description="keep large images decoded small: off, on (in the run directory), a folder for several runs, "
+        "or auto: on where decoding is slower than training",
+    )
 
     @property
     def shown(self) -> str:
@@ -228,10 +251,10 @@ class DataSettings(Settings):
 class ProbeSettings(Settings):
     """What is measured, how often, on how many images."""
 
-    every: Duration = Field("20%", description="probe the teacher on the selection split this often")
-    max_gallery: int = Field(10_000, ge=1, description="labelled gallery images used at most")
+    every: Duration = Field("25%", description="probe the teacher on the selection split this often")
+    max_gallery: int = Field(5_000, ge=1, description="labelled gallery images used at most")
     max_queries: int = Field(4_000, ge=2, description="labelled query images used at most, both halves together")
-    batch_size: int = Field(128, ge=1, description="images per forward pass when embedding")
+    batch_size: int = Field(128, ge=1, le=MAX_COUNT, description="images per forward pass when embedding")
 
 
 class SelectSettings(Settings):

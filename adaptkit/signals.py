@@ -18,6 +18,12 @@ AGAIN_SECONDS = 2.0  # a launcher and a scheduler may both pass on the same stop
 LAST_WORD_SECONDS = 2.0  # for `before_leaving`: a disk that hangs must not hold the process
 
 
+def heeded_signals() -> list[int]:
+    """`SIGNALS`, but not a SIGHUP that is ignored already: under `nohup` a run outlives its terminal."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return [each for each in SIGNALS if each != hangup or signal.getsignal(each) != signal.SIG_IGN]
+
+
 class StopRequest:
     """While active, the first signal only sets `received`; a later second ends the process with exit code 75.
 
@@ -33,7 +39,7 @@ class StopRequest:
         # Python allows handlers only in the main thread; elsewhere (a notebook's worker) signals stay as they are
         self.active = threading.current_thread() is threading.main_thread()
         if self.active:
-            self.previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self.previous = {number: signal.signal(number, self._handle) for number in heeded_signals()}
         return self
 
     def __exit__(

@@ -36,14 +36,14 @@ def require_space_for_run(path: Path, original: Backbone, plan: Plan) -> None:
 
 
 def run_bytes(original: Backbone, plan: Plan) -> int:
-    """Bytes of a run's files when they are most: a checkpoint beside the one it replaces, candidates, the export."""
+    """Bytes of a run's files when they are most: a checkpoint beside the two before, candidates, the export."""
     with torch.device("meta"):  # only its size is wanted
         head = OBJECTIVES[plan.recipe.objective.name](plan.recipe.objective, plan).build_head(original.embed_dim)
     parts = (original.module, head)
     teacher = sum(_state_bytes(part) for part in parts)
     moments = 2 * sum(p.nbytes for part in parts for p in part.parameters() if p.requires_grad)  # AdamW's
     checkpoint = 2 * teacher + moments
-    return 2 * checkpoint + (num_candidates(plan) + 1) * teacher  # the export is backbone and head once more
+    return 3 * checkpoint + (num_candidates(plan) + 1) * teacher  # the export is backbone and head once more
 
 
 def num_candidates(plan: Plan) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from adaptkit.backbones import Backbone
 from adaptkit.checkpoints import LAST, load_tensors, save_tensors, with_prefix
+from adaptkit.collapse import MIN_VIEWS, RANK, LastOutput, effective_directions
 from adaptkit.errors import NotFinite
 from adaptkit.run import Run
 from adaptkit.select import Candidate, Judge, choose
@@ -28,8 +31,22 @@ class Supervisor:
         self.session, self.run, self.judge, self.reporter, self.stop = session, run, judge, reporter, stop
         self.last = run.path / LAST
         self.folder = self.last.parent
+        self.previous = self.folder / "previous.safetensors"  # while no line of the log has shown `last` to be sound
+        self.surplus: list[Path] = []  # candidates that `last` does not need
+        self.embeddings = LastOutput(session.teacher.backbone)
 
     def __call__(self, step: int) -> str | None:
+        reason = self._between_steps(step)
+        if reason not in (None, INTERRUPTED):
+            if self.session.accelerator.is_main_process:
+                self.run.log({"step": step, "kind": "collapse", "reason": reason})
+                with suppress(FileNotFoundError):
+                    os.replace(self.previous, self.last)
+                self.surplus = []
+            self.session.accelerator.wait_for_everyone()  # all go back to the same checkpoint
+        return reason
+
+    def _between_steps(self, step: int) -> str | None:
         s, plan = self.session, self.session.plan
         log_due = step % s.recipe.log_every == 0 or step == plan.total_steps
         if log_due and (problem := self._log(step)):
@@ -43,17 +60,34 @@ class Supervisor:
                 return "the teacher's embeddings are not finite"
         stopping = self._must_stop(log_due)
         if stopping or plan.is_checkpoint(step):
+            if not stopping and not self._is_finite():
+                return "the weights are not finite"
             self.save()
         return INTERRUPTED if stopping else None
 
     def save(self) -> None:
-        """Save the state, unless the weights are not finite: the last good checkpoint is worth more."""
-        if self._is_finite():
-            self.session.save(self.last)
+        """Save the state, unless it is not finite: the last good checkpoint is worth more.
+
+        What an update did shows in the next step. So the checkpoint before, and the candidates that it names, stay
+        until a line of the log is good.
+        """
+        s = self.session
+        if not self._is_finite():
+            return
+        if s.accelerator.is_main_process and s.state.step < s.plan.total_steps:
+            with suppress(OSError):  # it is there, there is nothing yet to keep, or the disk knows no hard links
+                os.link(self.last, self.previous)
+        s.save(self.last)
+        if self.previous.exists():
+            self.surplus = self._surplus()
+        else:
             self._prune()
 
     def _is_finite(self) -> bool:
-        return bool(torch.stack([p.isfinite().all() for p in self.session.student.parameters()]).all())
+        """Of student and teacher: BatchNorm may be infinite in the teacher alone."""
+        s = self.session
+        tensors = [*s.student.state_dict().values(), *s.teacher.state_dict().values()]
+        return bool(torch.stack([t.isfinite().all() for t in tensors if t.is_floating_point()]).all())
 
     def candidates(self) -> list[Candidate]:
         """The candidates taken so far."""
@@ -75,7 +109,7 @@ class Supervisor:
         """One line of `metrics.jsonl`; the reason to act if the channel diverged or collapsed."""
         s = self.session
         images, seconds, wait = s.meter.total_images, s.meter.total_seconds, s.meter.total_wait
-        record = s.meter.read()
+        record = s.meter.read() | self._rank()
         record |= {"lr": s.plan.lr(step - 1) * s.state.lr_factor, "momentum": s.plan.momentum(step - 1)}
         s.state.images += s.meter.total_images - images
         s.state.seconds += s.meter.total_seconds - seconds
@@ -84,7 +118,21 @@ class Supervisor:
         if s.accelerator.is_main_process:
             self.run.log({"step": step, "kind": "train"} | record)
             self.reporter.training(step, s.plan.total_steps, record)
-        return s.state.channel.update(record, s.objective.health(record), resting=self._is_resting(step))
+        resting = self._is_resting(step) or step < s.plan.lr_warmup
+        reason = s.state.channel.update(record, s.objective.health(record), resting)
+        if s.accelerator.is_main_process and reason is None and s.state.channel.bad_windows == 0:
+            for file in (self.previous, *self.surplus):
+                file.unlink(missing_ok=True)
+            self.surplus = []
+        return reason
+
+    def _rank(self) -> dict[str, float]:
+        """Effective directions of the teacher's embeddings of the last batch, the mean over processes."""
+        embeddings = self.embeddings.output
+        if embeddings is None or len(embeddings) < MIN_VIEWS:
+            return {}
+        mean = self.session.accelerator.reduce(effective_directions(embeddings), reduction="mean")
+        return {RANK: float(mean)}
 
     def _is_resting(self, step: int) -> bool:
         return step < self.session.state.last_draw + REST * self.session.plan.head_warmup
@@ -110,13 +158,16 @@ class Supervisor:
 
     def _prune(self) -> None:
         """Keep the files of the best candidates. After the save: an older checkpoint never names a missing file."""
+        if self.session.accelerator.is_main_process:
+            for file in self._surplus():
+                file.unlink(missing_ok=True)
+
+    def _surplus(self) -> list[Path]:
+        """Files of candidates that are neither among the best nor the one that would be chosen now."""
         candidates = self.candidates()
         ranked = sorted(candidates, key=lambda c: c.value, reverse=True)
         chosen = choose(candidates)  # need not be among the highest values: theirs may be in doubt
-        if self.session.accelerator.is_main_process:
-            for candidate in ranked[self.session.recipe.select.keep :]:
-                if candidate != chosen:
-                    self.candidate_file(candidate.step).unlink(missing_ok=True)
+        return [self.candidate_file(c.step) for c in ranked[self.session.recipe.select.keep :] if c != chosen]
 
     def _must_stop(self, may_ask_others: bool) -> bool:
         """A signal to any process stops all; they agree at lines of the log, where they synchronise anyway."""

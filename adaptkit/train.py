@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from adaptkit.backbones import Backbone, module_name
+from adaptkit.caching import drop_cache, open_cached, settle_cache
 from adaptkit.collapse import LR_CUT, MAX_REDRAWS
 from adaptkit.embedding import Embedder
 from adaptkit.errors import AdaptkitError, Collapsed, DeviceMemoryError, GainNotMet, Interrupted, MachineError
-from adaptkit.estimate import TIMED_STEPS, Passes, StepCost, fit_budget, time_steps
+from adaptkit.estimate import TIMED_STEPS, TRIED_STEPS, Passes, StepCost, fit_budget, time_steps
 from adaptkit.export import export_backbone, export_head
 from adaptkit.inputs import open_inputs
 from adaptkit.loop import train_steps
@@ -80,7 +81,7 @@ def resume(
 ) -> AdaptResult:
     """Go on where a run stopped; the same as `adaptkit resume`. A run that began with a module needs it again."""
     opened = Run.open(run)
-    opened.status("running", None, "started")
+    opened.claim()
     return run_adaptation(opened, reporter or Silent(), backbone)
 
 
@@ -99,13 +100,23 @@ def run_adaptation(run: Run, reporter: Reporter, given: nn.Module | Backbone | N
         _record(run, "failed", DeviceMemoryError(advice))
         raise DeviceMemoryError(advice) from error
     except Exception as error:
+        error = _short_of_memory(error) or error
         _record(run, "failed", error)
-        raise
+        raise error
     if code == Collapsed.exit_code:
         raise Collapsed(result.report["message"])
     if code == GainNotMet.exit_code:
         raise GainNotMet(result.report["message"])
     return result
+
+
+def _short_of_memory(error: Exception) -> MachineError | None:
+    """Of the main process, or of a loader process, which the system may have killed for it."""
+    if isinstance(error, MemoryError):
+        return MachineError("the machine ran out of memory; lower --workers or --batch-size")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return MachineError("a loader process was killed, perhaps for want of memory; lower --workers or --batch-size")
+    return None
 
 
 def _record(run: Run, state: str, error: Exception) -> None:
@@ -157,6 +168,7 @@ def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | B
     original.module.to(accelerator.device)
     judge = Judge(inputs, run.recipe, embedder, bad.add_all)
     judge.measure_original(original)
+    cost: StepCost | None = None
     if run.recipe.budget is not None:
         phase("budget", f"timing {TIMED_STEPS} steps, to fit into {run.recipe.budget}")
         cost = time_steps(accelerator, run.recipe, inputs, original, workers)
@@ -164,8 +176,15 @@ def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | B
         plan = fit_budget(plan, len(inputs.train), passes, cost, per_image, time.perf_counter() - started)
         run = _keep_steps(run, plan, cost, accelerator.is_main_process)
 
+    def step_cost() -> StepCost:
+        phase("cache", "timing decoding and training, to see whether keeping images decoded small pays")
+        return cost or time_steps(accelerator, run.recipe, inputs, original, workers, TRIED_STEPS)
+
+    run, plan = settle_cache(run, plan, inputs.train, accelerator, workers, step_cost, reporter)
+    images = open_cached(run, inputs.train, accelerator, reporter)
+
     phase("train", f"adapting: {plan.total_steps} steps of {plan.batch_size} images")
-    session = open_session(accelerator, plan, inputs.train, original, student, workers, bad.add_all)
+    session = open_session(accelerator, plan, images, original, student, workers, bad.add_all, reporter.note)
     supervisor = Supervisor(session, run, judge, reporter, stop)
     if supervisor.last.is_file():
         session.restore(supervisor.last)
@@ -181,6 +200,8 @@ def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | B
     if accelerator.is_main_process:
         run.write("report.md", render_markdown(report))
         run.write_json("report.json", report)  # last: its presence means finished
+        drop_cache(run)  # can be made again
+        supervisor.previous.unlink(missing_ok=True)
     return AdaptResult(run.path, run.path / "backbone", report["verdict"], report)
 
 

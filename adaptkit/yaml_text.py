@@ -12,7 +12,7 @@ import yaml
 
 from adaptkit.errors import UsageError
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 1 << 18  # takes a second or two to read
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -48,6 +48,14 @@ class _TextLoader(yaml.BaseLoader):
                 raise yaml.YAMLError(f"{key_node.value} is given twice")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        try:
+            text.encode("utf-8", "surrogateescape")  # as `recipe.yaml` is written: file names need not be UTF-8
+        except UnicodeEncodeError:
+            raise yaml.YAMLError("half of a surrogate pair is no character") from None
+        return text
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the tables of hostile inputs share: one line with its exit code, no waiting for ever, mutated bytes."""
+"""What the tables of hostile inputs share: one line with its exit code, no waiting for ever."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
 
 from adaptkit.cli.failure import describe
 from adaptkit.errors import AdaptkitError
 
 LONGEST_LINE = 600  # with the paths of the test in it
-
-FEW = settings(
-    max_examples=60,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def assert_one_line(error: AdaptkitError) -> None:
@@ -55,18 +45,3 @@ def at_most(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-@st.composite
-def mutated(draw: st.DrawFn, originals: list[bytes]) -> bytes:
-    """One of the originals with pieces overwritten, cut out, repeated, or moved in from another."""
-    content = draw(st.sampled_from(originals))
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(content)))
-        end = min(len(content), start + draw(st.sampled_from([0, 1, 4, 30, 300])))
-        other = draw(st.sampled_from(originals))
-        piece = draw(
-            st.one_of(st.binary(max_size=8), st.just(content[start:end] * 2), st.just(other[start : end + 40]))
-        )
-        content = content[:start] + piece + content[end:]
-    return content

@@ -27,8 +27,10 @@ from adaptkit.cli.command_demo import demo_command
 from adaptkit.cli.command_probe import probe_command
 from adaptkit.cli.command_resume import resume_command
 from adaptkit.cli.console import RichReporter, clock
+from adaptkit.cli.failure import heed_signals
 from adaptkit.recipe import FLAGS, Recipe, load_recipe
 from adaptkit.run import Run
+from adaptkit.signals import SIGNALS
 
 ANSI = "\x1b"
 
@@ -111,7 +113,8 @@ ADAPT = ("adapt", "--backbone", "nano", "--data", "images", "--output", "out")
 def test_commands_and_options_are_those_of_the_contract() -> None:
     expected = {
         adapt_command: "backbone data output labels recipe set epochs steps budget batch-size lr workers select "
-        "require-gain max-bad weights no-pretrained allow-missing readout seed precision overwrite dry-run json quiet",
+        "require-gain max-bad cache compile weights no-pretrained allow-missing readout seed precision overwrite "
+        "dry-run json quiet",
         probe_command: "backbone data queries metric weights no-pretrained allow-missing readout seed precision "
         "batch-size workers scale json quiet",
         resume_command: "json quiet",
@@ -252,10 +255,25 @@ def test_every_error_has_its_exit_code_status_and_line(
 
 def test_sigterm_before_training_is_recorded(invoke: Callable[..., Result], train: Any) -> None:
     train(lambda run, reporter: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    result = invoke(*ADAPT)
-    assert (result.exit_code, status()["state"]) == (75, "interrupted")
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        heed_signals()  # as the process of the command line does
+        result = invoke(*ADAPT)
+        assert (result.exit_code, status()["state"]) == (75, "interrupted")
+        os.kill(os.getpid(), signal.SIGTERM)  # the rest of a burst: the record is written, the process about to end
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_signals_of_another_program_stay_its_own(invoke: Callable[..., Result], train: Any) -> None:
+    def interrupt(run: Run, reporter: Any) -> Any:
+        raise errors.Interrupted("asked to")
+
+    train(interrupt)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert invoke(*ADAPT).exit_code == 75
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_full_disk_does_not_hide_the_error(

@@ -14,7 +14,7 @@ import adaptkit
 from adaptkit.backbones import load_backbone
 from adaptkit.embedding import Embedder
 from adaptkit.errors import DataError, UsageError
-from adaptkit.probes import Score
+from adaptkit.probes import Score, d_eff, paired_jackknife, r_eff, rankme
 from adaptkit.probes.measure import KEPT_WEIGHT, Measurement, compare, measure_labelled, measure_target, selection_score
 from adaptkit.sources import open_folder, open_labelled
 
@@ -155,7 +155,9 @@ def test_measurements_are_joined() -> None:
 
 # --- probe
 
-DOCUMENT = {"schema", "backbone", "data", "metrics", "num_gallery", "num_queries", "num_classes", "num_bad", "seed"}
+DOCUMENT = {"schema", "backbone", "data", "metrics", "num_gallery", "num_queries", "num_classes", "num_bad", "seed"} | {
+    "num_without_gallery"
+}
 
 
 def test_probe_of_labelled_images(vit: Path, labelled: Path) -> None:
@@ -228,3 +230,14 @@ def test_two_backbones_on_too_few_images_for_an_interval(vit: Path, other: Path,
 def test_an_unknown_probe_gets_a_suggestion(vit: Path, labelled: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown probe 'kn'.*did you mean 'knn'"):
         adaptkit.probe(str(vit), labelled, metrics=["kn"])
+
+
+def test_paired_ranks_equal_those_computed_anew(vit: Path, other: Path, folder: Path) -> None:
+    source = open_folder(folder)
+    before = measure_target(load_backbone(str(vit)), source, None, EMBEDDER)
+    after = measure_target(load_backbone(str(other)), source, before, EMBEDDER)
+    assert before.vectors is not None
+    assert after.vectors is not None
+    deltas = compare(before, after)
+    for name, fn in (("rankme", rankme), ("d_eff", d_eff), ("r_eff", r_eff)):
+        assert deltas[name] == paired_jackknife(fn, before.vectors, after.vectors)

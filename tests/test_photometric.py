@@ -13,7 +13,17 @@ from torchvision.transforms.v2 import functional as F
 from adaptkit.settings import ViewSettings
 from adaptkit.views import MultiCrop, photometric
 from adaptkit.views.multicrop import draw_factors
-from adaptkit.views.photometric import BLUR_RADIUS, HUE, NEUTRAL, NUM_FACTORS, ORDERS, SIGMA, SOLARIZE
+from adaptkit.views.photometric import (
+    BLUR_RADIUS,
+    HUE,
+    NEUTRAL,
+    NUM_FACTORS,
+    ORDERS,
+    SIGMA,
+    SOLARIZE,
+    _change_all,
+    _change_rows,
+)
 
 ALL_PARTS = frozenset({"jitter", "hue", "grey", "blur", "solarize"})
 MEAN_LEVELS, MAX_LEVELS = 0.05, 0.5  # grey levels of 255
@@ -149,3 +159,17 @@ def test_nothing_is_read_back_from_the_device() -> None:
         assert (x.device.type, x.dtype, x.shape) == ("cuda", torch.float32, views.shape)
         with pytest.raises(DataDependentOutputException):  # the check itself works
             factors[0, 0].item()
+
+
+@pytest.mark.parametrize("side", [3, 40])
+def test_view_by_view_on_a_cpu_equals_all_at_once_on_a_gpu(side: int) -> None:
+    rng = np.random.default_rng(1)
+    settings = ViewSettings(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, grey=0.3, solarize=0.9)
+    drawn = torch.tensor([draw_factors(settings, view % 4, side, rng) for view in range(200)], dtype=torch.float32)
+    x = torch.from_numpy(rng.random((200, 3, side, side), dtype=np.float32))
+    parts = frozenset({"jitter", "hue", "grey", "blur", "solarize"})
+    for present in (parts, parts - {"hue"}, parts - {"blur"}, frozenset({"solarize"})):
+        factors = drawn.clone()
+        if "hue" not in present:
+            factors[:, HUE] = NEUTRAL[HUE]
+        torch.testing.assert_close(_change_rows(x.clone(), factors, present), _change_all(x, factors, present))

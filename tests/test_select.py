@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
+from adaptkit import select
+from adaptkit.backbones import load_backbone
+from adaptkit.embedding import Embedder
 from adaptkit.errors import UsageError
+from adaptkit.inputs import open_inputs
 from adaptkit.probes import Interval
+from adaptkit.recipe import load_recipe
 from adaptkit.requirement import Requirement
-from adaptkit.select import Candidate, best, choose, verdict
+from adaptkit.select import Candidate, Judge, best, choose, verdict
 from adaptkit.supervise import Supervisor
 
 CLEAR, DOUBTFUL, WORSE = Interval(2, 1, 3), Interval(2, -1, 5), Interval(-2, -3, -1)
@@ -81,6 +88,7 @@ def test_the_file_of_the_candidate_that_would_be_chosen_is_kept(tmp_path: Path) 
         state=state,
         recipe=SimpleNamespace(select=SimpleNamespace(keep=1)),
         accelerator=SimpleNamespace(is_main_process=True),
+        teacher=SimpleNamespace(backbone=nn.Identity()),
     )
     supervisor = Supervisor(session, SimpleNamespace(path=tmp_path), *(None,) * 3)  # type: ignore[arg-type]
     (tmp_path / "checkpoints").mkdir()
@@ -88,6 +96,30 @@ def test_the_file_of_the_candidate_that_would_be_chosen_is_kept(tmp_path: Path) 
         supervisor.candidate_file(each.step).touch()
     supervisor._prune()
     assert [step for step in (1, 2, 3, 4) if supervisor.candidate_file(step).exists()] == [2, 4]
+
+
+def test_the_gallery_of_the_best_candidate_is_embedded_once(
+    vit: Path, images: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it scores is the same as without keeping it; another backbone is embedded anew."""
+    recipe = load_recipe(overrides={"data": str(images), "labels": str(labelled)})
+    inputs, backbone = open_inputs(recipe), load_backbone(str(vit))
+    other = load_backbone("test_vit", pretrained=False, image_px=32, seed=5)
+    judge = Judge(inputs, recipe, Embedder(), list)
+    judge.measure_original(backbone)
+    monkeypatch.setattr(select, "compare", lambda before, after: {judge.metric: CLEAR})
+    judge.consider(other, 3, 1.0)
+    asked: list[object] = []
+    embed = Embedder.__call__
+    monkeypatch.setattr(Embedder, "__call__", lambda self, b, source: asked.append(source) or embed(self, b, source))
+    assert inputs.scored is not None
+    kept = judge.measure_selected(other.clone()).scores
+    assert inputs.scored.gallery not in asked
+    judge.measure_selected(backbone)
+    assert inputs.scored.gallery in asked
+    judge._kept = None
+    again = judge.measure_selected(other).scores
+    assert {name: score.value for name, score in kept.items()} == {name: score.value for name, score in again.items()}
 
 
 # --- required gain
@@ -122,3 +154,29 @@ def test_an_unknown_metric_gets_a_suggestion() -> None:
 )
 def test_the_lower_end_decides(lower: float | None, met: bool) -> None:
     assert Requirement("knn_top1", 1).judge(lower) == {"metric": "knn_top1", "points": 1, "lower": lower, "met": met}
+
+
+# --- images that come and go while a run trains
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_an_image_lost_since_the_original_was_measured_ends_nothing(
+    with_labels: bool, vit: Path, labelled: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(labelled, folder)
+    recipe = load_recipe(overrides={"data": str(folder), **({"labels": str(folder)} if with_labels else {})})
+    inputs, backbone = open_inputs(recipe), load_backbone(str(vit))
+    judge = Judge(inputs, recipe, Embedder(), list)
+    before = judge.measure_original(backbone)
+    parts = [inputs.selection, inputs.report]
+    if inputs.scored is not None:
+        parts += [inputs.scored.selection, inputs.scored.report]
+    for part in parts:
+        part.file(0).write_bytes(b"gone")
+    considered = judge.consider(backbone, 1, 1.0)
+    assert (considered.delta.value, considered.delta.lo, considered.delta.hi) == (0, 0, 0)
+    after = judge.measure_selected(backbone)
+    for name in ("view_retrieval_top1", *(("knn_top1",) if with_labels else ())):
+        now, then, first = (m.scores[name].per_query.tolist() for m in (after, judge.original_report, before))
+        assert len(now) == len(then) < len(first)

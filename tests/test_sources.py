@@ -360,8 +360,18 @@ def test_bad_images_are_written_down_and_counted_on_after_a_crash(tmp_path: Path
     assert len(file.read_text().splitlines()) == 5
     with pytest.raises(DataError, match=r"bad_images\.jsonl"):
         again.add("9.jpg", "truncated")
-    with pytest.raises(DataError, match="6 of 100"):  # resuming does not forget that there are too many
-        BadImages(file, 100, "1%")
+
+
+def test_too_many_bad_images_are_counted_anew_once_they_may_be_mended(tmp_path: Path) -> None:
+    file = tmp_path / "bad_images.jsonl"
+    bad = BadImages(file, 100, "1%")
+    names = [f"{index}.jpg" for index in range(6)]
+    with pytest.raises(DataError, match="6 of 100"):
+        bad.add_all((name, "truncated") for name in names)
+    BadImages(file, 100, "1%").add_all((name, "truncated") for name in names[:5])  # one was mended
+    with pytest.raises(DataError, match="6 of 100"):  # none was
+        BadImages(file, 100, "1%").add_all((name, "truncated") for name in names)
+    assert len(file.read_text().splitlines()) == 6  # none is listed twice
 
 
 def test_damaged_list_of_bad_images_is_an_error(tmp_path: Path) -> None:

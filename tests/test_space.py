@@ -22,7 +22,7 @@ from adaptkit.schedules import Plan
 from adaptkit.space import num_candidates, require_space, require_space_for_run, run_bytes
 
 NO_ROOM = r"No space left on device; free some space \(\d+ MiB needed, \d+ MiB free\)$"
-MANY_BITS = {"objective__num_bits": 10**9, "objective__hidden_dim": 10**7}  # more than any disk holds
+MANY_BITS = {"objective__num_bits": 10**6, "objective__hidden_dim": 10**6}  # more than any disk holds
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_begins(vit: Path, images: Path, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_estimate_is_what_a_run_takes(
     candidates = [size for name, size in sizes.items() if "candidate" in name]
     plan = Plan.make(run.recipe, 100)
     not_taken = num_candidates(plan) - len(candidates)
-    at_most = sum(sizes.values()) + not_taken * candidates[0] + sizes["last.safetensors"]  # beside the one it replaces
+    at_most = sum(sizes.values()) + not_taken * candidates[0] + 2 * sizes["last.safetensors"]  # the two before
     assert run_bytes(load_backbone(str(vit)), plan) == pytest.approx(at_most, rel=0.05)
 
 

@@ -103,6 +103,9 @@ def _compare(module: nn.Module, network: Network, architecture: str, source: str
         tensor = converted.get(key)
         if tensor is not None and tensor.shape == target.shape:
             fit.picked[key] = tensor.to(target.dtype)
+            if target.is_floating_point() and not tensor.is_floating_point() and fit.problem is None:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                fit.problem = BackboneError(f"{source}: {key} is {kind}; quantised weights cannot be read, give floats")
         elif tensor is not None:
             fit.misshapen[key] = f"is {tuple(tensor.shape)} in the file, {tuple(target.shape)} here"
         elif not key.endswith("num_batches_tracked"):  # a counter that old files lack and evaluation ignores

@@ -17,12 +17,17 @@ from adaptkit.cli.command_probe import probe_command
 from adaptkit.cli.command_recipes import recipes_command
 from adaptkit.cli.command_report import report_command
 from adaptkit.cli.command_resume import resume_command
-from adaptkit.cli.failure import describe, report_failure
+from adaptkit.cli.failure import describe, heed_signals, report_failure
 from adaptkit.errors import did_you_mean
 
 
 class App(click.Group):
     """A group that suggests commands and turns every exception into one line and its exit code."""
+
+    def __call__(self, *args: Any, **extra: Any) -> Any:
+        """What the command `adaptkit` calls: the process is ours, and with it its signals."""
+        heed_signals()
+        return super().__call__(*args, **extra)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from adaptkit.cli.execute import execute
+from adaptkit.cli.execute import error_of, execute
 from adaptkit.cli.options import as_json, quiet
 
 
@@ -17,6 +17,13 @@ def resume_command(run: str, as_json: bool, quiet: bool) -> None:
 
     Images, labels and weights must be those it began with. What else differs is noted, and kept in manifest.json.
     """
-    from adaptkit.run import Run  # here, because `adaptkit --help` needs none of it
+    from adaptkit.run import Run, read_status  # here, because `adaptkit --help` needs none of it
 
-    execute(Run.open(run), as_json, quiet)
+    opened = Run.open(run)
+    report = opened.read_json("report.json")
+    if report is None:
+        opened.claim()
+    elif read_status(opened.path).get("state") != "done":  # killed between report and record
+        unwanted = error_of(report)
+        opened.status("done", unwanted.exit_code if unwanted else 0, report["message"])
+    execute(opened, as_json, quiet)

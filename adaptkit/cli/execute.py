@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.failure import describe, recorded, report_failure
-from adaptkit.errors import AdaptkitError, Collapsed, GainNotMet
+from adaptkit.errors import AdaptkitError, Collapsed, GainNotMet, UsageError
 
 if TYPE_CHECKING:
     from adaptkit.run import Run
@@ -24,7 +24,7 @@ def execute(run: Run, as_json: bool, quiet: bool) -> None:
 
     finished, unwanted = run.read_json("report.json"), None
     if finished is not None:  # the report is written last: only showing it is left to do
-        _show(run, finished, _unwanted(finished), as_json)
+        _show(run, finished, error_of(finished), as_json)
         return
     try:
         with recorded(run), RichReporter(quiet) as reporter:
@@ -42,12 +42,15 @@ def execute(run: Run, as_json: bool, quiet: bool) -> None:
     _show(run, report, unwanted, as_json)
 
 
-def _unwanted(report: dict[str, Any]) -> AdaptkitError | None:
+def error_of(report: dict[str, Any]) -> AdaptkitError | None:
     """The error that a finished run ended with, if any."""
-    if report["verdict"] == "collapsed":
-        return Collapsed(report["message"])
-    required = report.get("require_gain")
-    return GainNotMet(report["message"]) if required and not required["met"] else None
+    try:
+        verdict, message, required = report["verdict"], report["message"], report.get("require_gain")
+        if verdict == "collapsed":
+            return Collapsed(message)
+        return GainNotMet(message) if required and not required["met"] else None
+    except (KeyError, TypeError):
+        raise UsageError("report.json: damaged; run again with `adaptkit adapt --overwrite`") from None
 
 
 def _show(run: Run, report: dict[str, Any], unwanted: AdaptkitError | None, as_json: bool) -> None:

@@ -12,11 +12,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from adaptkit.errors import AdaptkitError, DeviceMemoryError, Interrupted, MachineError
+from adaptkit.signals import heeded_signals
 
 if TYPE_CHECKING:
     from adaptkit.run import Run
@@ -72,27 +74,40 @@ def report_failure(error: BaseException, failure: Failure, as_json: bool) -> int
     return failure.exit_code
 
 
+def heed_signals() -> None:
+    """From now on a signal to stop becomes a KeyboardInterrupt, so that it is recorded before training has its own
+    handlers too. A burst of them is one request: once interrupted, the process ignores the others until it has ended.
+    """
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for number in heeded_signals():
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    for number in heeded_signals():
+        if signal.getsignal(number) is _interrupt:  # else this is somebody else's process, which goes on
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
-    """Whatever ends the block early is in the run's `status.json` before it goes on upwards.
-
-    SIGTERM becomes a KeyboardInterrupt here, so that a scheduler's stop is recorded before training has its own
-    handlers too.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
+    """Whatever ends the block early is in the run's `status.json` before it goes on upwards."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            _ignore_signals()
         failure = describe(error, run)
         with suppress(AdaptkitError, OSError):  # a full disk must not hide the error itself
             _record(run, failure)
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(failure.message) from None
         raise
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _record(run: Run, failure: Failure) -> None:
@@ -100,8 +115,9 @@ def _record(run: Run, failure: Failure) -> None:
     rank, interrupted = int(os.environ.get("RANK", "0")), failure.exit_code == Interrupted.exit_code
     if rank > 0 and failure.exit_code not in LOCAL_CODES:
         return
-    file = run.path / "status.json"
-    if interrupted and file.exists() and json.loads(file.read_text(encoding="utf-8"))["state"] == "failed":
+    from adaptkit.run import read_status
+
+    if interrupted and read_status(run.path).get("state") == "failed":
         return
     states = {Interrupted.exit_code: "interrupted"} | dict.fromkeys(RESULT_CODES, "done")
     run.status(states.get(failure.exit_code, "failed"), failure.exit_code, failure.message)

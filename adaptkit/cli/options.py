@@ -22,11 +22,24 @@ METAVARS = {
     "require_gain": "METRIC>=POINTS",
     "max_bad": "COUNT|PERCENT",
     "budget": "TIME",
+    "cache": "auto|on|off|FOLDER",
     "allow_missing": "GLOB",
 }
 
 WHAT = ("backbone", "data", "labels")
-HOW = ("epochs", "steps", "budget", "batch_size", "lr", "workers", "select", "require_gain", "max_bad")
+HOW = (
+    "epochs",
+    "steps",
+    "budget",
+    "batch_size",
+    "lr",
+    "workers",
+    "select",
+    "require_gain",
+    "max_bad",
+    "cache",
+    "compile",
+)
 LOADING = ("weights", "pretrained", "allow_missing", "readout", "seed", "precision")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")

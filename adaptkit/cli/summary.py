@@ -80,6 +80,8 @@ def print_probe(document: Mapping[str, Any]) -> None:
     if document.get("verdict"):
         _line(console, str(document["verdict"]), "bold", wrap=True)
     sizes = f"{document['num_gallery']:,} gallery images, {document['num_queries']:,} queries"
+    if left_out := document.get("num_without_gallery"):
+        sizes += f" ({left_out:,} left out: no image of their class in the gallery)"
     classes = f", {document['num_classes']} classes" if document.get("num_classes") else ""
     _line(console, f"{sizes}{classes}, seed {document['seed']}. {INTERVALS}", "dim", wrap=True)
 

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MAX_ATTEMPTS = 4
-
 
 class _AllReduceSum(torch.autograd.Function):
     """Sum over processes; the backward pass sums the gradients too, as every process uses the sum."""
@@ -56,10 +54,11 @@ def coding_rate(logits: Tensor, eps: float = 0.5, centre: bool = True) -> Tensor
 
 
 def rate_of_rows(rows: Tensor, eps: float, centre: bool) -> Tensor:
-    """The coding rate of the rows as they are, (N, B) float32 -> scalar, nats.
+    """The coding rate of the rows as they are, (N, B) float32 of length at most 1 -> scalar, nats.
 
-    Call it outside autocast. If the Cholesky factor fails, eps is doubled, at most three times; then the rate is NaN
-    and the loop's divergence check takes over.
+    Call it outside autocast. The matrix has eigenvalues in [1, 1 + B / eps], so the Cholesky factor of finite rows
+    exists, unless eps is so small that float32 rounds the 1 away; then, and for rows that are not finite, the rate is
+    NaN and the loop's divergence check takes over. Whether it exists is not read back: the host would wait for it.
     """
     num_images = rows.shape[0] * num_processes()
     num_bits = rows.shape[1]
@@ -68,13 +67,9 @@ def rate_of_rows(rows: Tensor, eps: float, centre: bool) -> Tensor:
     if centre:
         gram = gram - torch.outer(total, total) / num_images
     eye = torch.eye(num_bits, device=gram.device)
-    for attempt in range(MAX_ATTEMPTS):
-        scale = num_bits / (num_images * eps * 2**attempt)
-        factor, failed = torch.linalg.cholesky_ex(eye + scale * gram)
-        if not failed.item():
-            rate: Tensor = factor.diagonal().log().sum()  # 1/2 logdet(L L^T)
-            return rate
-    return gram.sum() * float("nan")
+    factor, failed = torch.linalg.cholesky_ex(eye + num_bits / (num_images * eps) * gram)
+    rate: Tensor = factor.diagonal().log().sum()  # 1/2 logdet(L L^T)
+    return torch.where(failed == 0, rate, math.nan)
 
 
 def rate_weight(num_bits: int, num_images: int) -> float:

@@ -100,8 +100,8 @@ def choice_counts(student: Tensor, targets: Tensor) -> dict[str, Tensor]:
     return {
         "choices": targets.sum((0, 1), dtype=torch.float64),
         "entropies": torch.special.entr(targets).sum(dtype=torch.float64) / math.log(2),
-        "num_choices": torch.tensor(float(choices.numel()), device=targets.device, dtype=torch.float64),
-        "pairs": torch.tensor(float(equal.numel() - choices.numel()), device=targets.device, dtype=torch.float64),
+        "num_choices": torch.full((), choices.numel(), device=targets.device, dtype=torch.float64),
+        "pairs": torch.full((), equal.numel() - choices.numel(), device=targets.device, dtype=torch.float64),
         "equal_pairs": (equal.sum() - equal.diagonal().sum()).double(),
     }
 

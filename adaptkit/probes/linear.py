@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +15,8 @@ from adaptkit.probes.score import Score, labels_of, percent_score
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """L2 strengths tried, strongest first: each fit starts from the one before."""
 HELD_OUT = 0.2
-MAX_STEPS = 200
+SEARCH_STEPS, MAX_STEPS = 100, 300  # of L-BFGS: while strengths are compared, and of the fit that is scored
 GRADIENT_TOLERANCE = 1e-5
-CURVATURE = 0.1  # typical p (1 - p) of a class probability, in the Hessian that whitening approximates
 
 
 def probe_linear(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
@@ -39,9 +39,10 @@ def choose_strength(inputs: Tensor, labels: Tensor, num_classes: int) -> tuple[f
     held_out = stratified_mask(labels, HELD_OUT)
     if not bool(held_out.any()):  # one image per class: nothing to choose by
         return STRENGTHS[len(STRENGTHS) // 2], None
+    problem = Problem.of(inputs[~held_out], labels[~held_out], num_classes)
     results, weight = [], None
     for strength in STRENGTHS:
-        weight = fit(inputs[~held_out], labels[~held_out], num_classes, strength, start=weight)
+        weight = problem.minimum(strength, weight, SEARCH_STEPS)
         logits, truth = predict(inputs[held_out], weight), labels[held_out]
         accuracy = float((logits.argmax(dim=1) == truth).float().mean())
         results.append((accuracy, -float(F.cross_entropy(logits, truth)), strength, weight))
@@ -61,30 +62,53 @@ def stratified_mask(labels: Tensor, share: float) -> Tensor:
 
 
 def fit(inputs: Tensor, labels: Tensor, num_classes: int, strength: float, *, start: Tensor | None = None) -> Tensor:
-    """(N, D), (N,) -> (D + 1, classes): the minimum of `objective` by L-BFGS; the last row is the bias.
+    """(N, D), (N,) -> (D + 1, classes): the minimum of `objective` by L-BFGS; the last row is the bias."""
+    return Problem.of(inputs, labels, num_classes).minimum(strength, start)
 
-    Embeddings are strongly correlated, which slows L-BFGS down. It therefore sees whitened inputs: weight = `basis`
-    @ whitened weight, where basis @ basis.T approximates the inverse of the Hessian. The minimum is the same.
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One set of images, to be fitted at several strengths.
+
+    Embeddings are strongly correlated, which slows L-BFGS down. It therefore sees inputs turned to their principal
+    axes, where the Hessian is nearly diagonal, and weights in units of its inverse root. The minimum is the same.
     """
-    covariance = inputs.double().T @ inputs.double() / len(inputs)
-    eigenvalues, vectors = torch.linalg.eigh(covariance)
-    scale = (CURVATURE * eigenvalues.clamp(min=0) + strength).rsqrt().to(inputs.dtype)[:, None]
-    vectors = vectors.to(inputs.dtype)
-    basis = vectors * scale.T
-    whitened = inputs @ basis
-    weight = inputs.new_zeros(inputs.shape[1] + 1, num_classes)
-    if start is not None:
-        weight = torch.cat([vectors.T @ start[:-1] / scale, start[-1:]])
-    with torch.enable_grad():
-        _minimise_(weight.requires_grad_(), lambda w: _loss(whitened, labels, w, strength, scale))
-    weight = weight.detach()
-    return torch.cat([basis @ weight[:-1], weight[-1:]])
+
+    turned: Tensor  # (N, D) inputs @ axes
+    labels: Tensor  # (N,)
+    axes: Tensor  # (D, D)
+    variances: Tensor  # (D,) float64, of the inputs along the axes
+    curvature: Tensor  # (classes,) float64, p (1 - p) of each class probability before anything is learnt
+
+    @classmethod
+    def of(cls, inputs: Tensor, labels: Tensor, num_classes: int) -> Problem:
+        """(N, D), (N,) -> the problem, turned once for all strengths."""
+        variances, axes = torch.linalg.eigh(inputs.double().T @ inputs.double() / len(inputs))
+        share = torch.bincount(labels, minlength=num_classes).double() / len(labels)
+        curvature = (share * (1 - share)).clamp(min=1 / len(labels))  # of a class without images: as if it had one
+        axes = axes.to(inputs.dtype)
+        return cls(inputs @ axes, labels, axes, variances.clamp(min=0), curvature)
+
+    def minimum(self, strength: float, start: Tensor | None = None, max_steps: int = MAX_STEPS) -> Tensor:
+        """(D + 1, classes), from `start` of the same shape, or from 0."""
+        unit = (self.variances[:, None] * self.curvature + strength).rsqrt()
+        unit = torch.cat([unit, self.curvature.rsqrt()[None]]).to(self.turned.dtype)  # (D + 1, classes)
+        weight = torch.zeros_like(unit) if start is None else _turn(start, self.axes.T) / unit
+        with torch.enable_grad():
+            _minimise_(
+                weight.requires_grad_(), lambda w: objective(self.turned, self.labels, w * unit, strength), max_steps
+            )
+        return _turn(weight.detach() * unit, self.axes)
 
 
-def _minimise_(weight: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
+def _turn(weight: Tensor, rotation: Tensor) -> Tensor:
+    return torch.cat([rotation @ weight[:-1], weight[-1:]])  # the bias stays
+
+
+def _minimise_(weight: Tensor, loss_of: Callable[[Tensor], Tensor], max_steps: int) -> None:
     optimizer = torch.optim.LBFGS(
         [weight],
-        max_iter=MAX_STEPS,
+        max_iter=max_steps,
         history_size=20,
         tolerance_grad=GRADIENT_TOLERANCE,
         tolerance_change=1e-9,
@@ -102,12 +126,7 @@ def _minimise_(weight: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
 
 def objective(inputs: Tensor, labels: Tensor, weight: Tensor, strength: float) -> Tensor:
     """Mean cross-entropy (nats) + strength / 2 * |weight without bias|^2; scikit-learn's with C = 1 / (strength N)."""
-    return _loss(inputs, labels, weight, strength, inputs.new_ones(1))
-
-
-def _loss(inputs: Tensor, labels: Tensor, weight: Tensor, strength: float, scale: Tensor) -> Tensor:
-    penalty = (scale * weight[:-1]).square().sum()
-    return F.cross_entropy(predict(inputs, weight), labels) + strength / 2 * penalty
+    return F.cross_entropy(predict(inputs, weight), labels) + strength / 2 * weight[:-1].square().sum()
 
 
 def predict(inputs: Tensor, weight: Tensor) -> Tensor:

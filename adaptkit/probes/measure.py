@@ -12,36 +12,46 @@ from adaptkit.embedding import Embedder, Embeddings
 from adaptkit.errors import DataError
 from adaptkit.probes import PROBES, Interval, Score, neighbour_overlap, paired_bootstrap
 from adaptkit.probes.fixed_views import retrieve_views
-from adaptkit.probes.intervals import jackknife_interval, leave_out
-from adaptkit.probes.rank import BLOCKS, probe_rank, rank_measures
+from adaptkit.probes.intervals import jackknife_interval
+from adaptkit.probes.rank import Jackknifed, measure_ranks, rank_scores
 from adaptkit.probes.score import percent_score
 from adaptkit.sources import ImageSource
 
 RANK_METRICS = ("rankme", "d_eff", "r_eff")
-KEPT_WEIGHT = 0.01  # fitted leaving one target out (docs/quality.md); 0.1 chose the original in every run that gained
+KEPT_WEIGHT = 0.005  # from 18 runs (docs/quality.md): below 0.0075 the choice is one; 0.1 always chose the original
 LABEL_PROBES = ("knn", "linear", "retrieval")
+
+
+class Unpaired(DataError):
+    """Before and after are not of the same images: some have become unreadable in between, or readable."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """Scores by metric name; the embeddings behind the rank measures, which a paired interval needs again."""
+    """Scores by metric name; the embeddings and jackknife parts that a comparison needs again."""
 
     scores: dict[str, Score]
     vectors: Tensor | None = None  # (N, D) of the target images
     failures: tuple[tuple[str, str], ...] = ()
+    ranks: Jackknifed | None = None  # of `vectors`
 
     def __or__(self, other: Measurement) -> Measurement:
-        vectors = self.vectors if other.vectors is None else other.vectors
-        return Measurement(self.scores | other.scores, vectors, self.failures + other.failures)
+        later = self if other.vectors is None else other
+        return Measurement(self.scores | other.scores, later.vectors, self.failures + other.failures, later.ranks)
 
 
 def measure_labelled(gallery: Embeddings, queries: Embeddings, names: Sequence[str]) -> Measurement:
     """The named probes: `gallery` is searched and fitted on, `queries` are scored."""
     scores: dict[str, Score] = {}
+    ranks = None
     for name in names:
-        scores |= PROBES[name](gallery, queries)
-    vectors = gallery.vectors if "rank" in names else None
-    return Measurement(scores, vectors, gallery.failures + queries.failures)
+        if name == "rank":  # as the probe does, keeping what a comparison needs
+            ranks = measure_ranks(gallery)
+            scores |= rank_scores(ranks)
+        else:
+            scores |= PROBES[name](gallery, queries)
+    vectors = None if ranks is None else gallery.vectors
+    return Measurement(scores, vectors, gallery.failures + queries.failures, ranks)
 
 
 def measure_target(
@@ -51,17 +61,23 @@ def measure_target(
 
     `neighbour_overlap` and `selection_score` compare with the original; its own are 100 % kept. The score of an
     image weighs its view retrieval (0 or 100) against its overlap: telling images apart alone would reward harm.
+    Raises `Unpaired`.
     """
     plain = embedder(backbone, source)
     found = retrieve_views(backbone, source, embedder)
     before = plain.vectors if original is None or original.vectors is None else original.vectors
+    if len(before) != len(plain.vectors):
+        raise Unpaired(
+            f"{len(before)} images could be read before but {len(plain.vectors)} now; keep the data unchanged"
+        )
     kept = neighbour_overlap(before, plain.vectors)
-    scores = probe_rank(plain, plain) | {
+    ranks = measure_ranks(plain)
+    scores = rank_scores(ranks) | {
         "view_retrieval_top1": percent_score(found),
         "neighbour_overlap": percent_score(kept),
         "selection_score": percent_score(selection_score(found, kept)),
     }
-    return Measurement(scores, plain.vectors, plain.failures)
+    return Measurement(scores, plain.vectors, plain.failures, ranks)
 
 
 def selection_score(found: Tensor, kept: Tensor) -> Tensor:
@@ -70,7 +86,7 @@ def selection_score(found: Tensor, kept: Tensor) -> Tensor:
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Interval | None]:
-    """after - before for every metric both have, paired by image; None where no interval can be given."""
+    """after - before for every metric both have, paired by image; None where none can be given. Raises `Unpaired`."""
     deltas: dict[str, Interval | None] = {}
     for name, old in before.scores.items():
         new = after.scores.get(name)
@@ -78,24 +94,21 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Interval | Non
             continue
         if old.per_query is not None and new.per_query is not None:
             if old.per_query.shape != new.per_query.shape:
-                raise DataError(f"{name}: some images could be read before but not after; keep the data unchanged")
+                raise Unpaired(f"{name}: some images could be read before but not after; keep the data unchanged")
             deltas[name] = paired_bootstrap(old.per_query, new.per_query) if len(old.per_query) > 1 else None
-    if before.vectors is not None and after.vectors is not None:
-        deltas |= _compare_ranks(before, after)
+    if before.ranks is not None and after.ranks is not None:
+        deltas |= _compare_ranks(before.ranks, after.ranks)
     return deltas
 
 
-def _compare_ranks(before: Measurement, after: Measurement) -> Mapping[str, Interval | None]:
-    old, new = before.vectors, after.vectors
-    names = [name for name in RANK_METRICS if name in before.scores and name in after.scores]
-    if old is None or new is None or len(old) != len(new) or len(old) < 4 or not names:
+def _compare_ranks(before: Jackknifed, after: Jackknifed) -> Mapping[str, Interval | None]:
+    """Paired: both left out the same images, which their number alone decides."""
+    if before.sizes != after.sizes or not before.sizes:
         return {}
-    groups = leave_out(len(old), BLOCKS)
-    parts = [(rank_measures(old[rows]), rank_measures(new[rows])) for rows in groups]
-    sizes = [len(old) - len(rows) for rows in groups]
+    pairs = list(zip(before.parts, after.parts, strict=True))
     return {
         name: jackknife_interval(
-            after.scores[name].value - before.scores[name].value, [b[name] - a[name] for a, b in parts], sizes
+            after.whole[name] - before.whole[name], [b[name] - a[name] for a, b in pairs], before.sizes
         )
-        for name in names
+        for name in RANK_METRICS
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,17 +23,38 @@ def probe_rank(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
 
     The gallery, because it is the larger set: the measures grow with the number of images until that is many times D.
     """
-    check_finite(gallery)
-    vectors = gallery.vectors
-    whole = rank_measures(vectors)
-    if len(vectors) < 4:
-        return {name: Score(value) for name, value in whole.items()}
-    groups = leave_out(len(vectors), BLOCKS)
-    parts = [rank_measures(vectors[kept]) for kept in groups]  # one eigendecomposition for all three
-    sizes = [len(vectors) - len(kept) for kept in groups]
+    return rank_scores(measure_ranks(gallery))
+
+
+@dataclass(frozen=True)
+class Jackknifed:
+    """The rank measures of N images, and of them without each of the blocks (none where N < 4)."""
+
+    whole: dict[str, float]
+    parts: tuple[dict[str, float], ...]
+    sizes: tuple[int, ...]  # images of each block
+
+    @classmethod
+    def of(cls, vectors: Tensor) -> Jackknifed:
+        """(N, D). One eigendecomposition for all three measures, 21 in all."""
+        groups = leave_out(len(vectors), BLOCKS) if len(vectors) >= 4 else []
+        parts = tuple(rank_measures(vectors[kept]) for kept in groups)
+        return cls(rank_measures(vectors), parts, tuple(len(vectors) - len(kept) for kept in groups))
+
+
+def measure_ranks(embeddings: Embeddings) -> Jackknifed:
+    """Raises DataError when there is nothing to measure, NotFinite when a vector is not finite."""
+    check_finite(embeddings)
+    return Jackknifed.of(embeddings.vectors)
+
+
+def rank_scores(measured: Jackknifed) -> dict[str, Score]:
+    """Each measure with its interval."""
+    if not measured.parts:
+        return {name: Score(value) for name, value in measured.whole.items()}
     scores = {}
-    for name, value in whole.items():
-        interval = jackknife_interval(value, [part[name] for part in parts], sizes)
+    for name, value in measured.whole.items():
+        interval = jackknife_interval(value, [part[name] for part in measured.parts], measured.sizes)
         scores[name] = Score(value, None, (interval.lo, interval.hi))
     return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +26,24 @@ def probe_retrieval(gallery: Embeddings, queries: Embeddings) -> dict[str, Score
         raise DataError("no query has an image of its class in the gallery; check that both have the same classes")
     truth = truth[answerable]
     precision = [
-        average_precision(labels[similarity.argsort(dim=1, descending=True, stable=True)] == truth[rows, None])
+        average_precision(best_first(similarity, labels == truth[rows, None]))
         for rows, similarity in cosine_blocks(queries.vectors[answerable], gallery.vectors[order])
     ]
     return {"retrieval_map": percent_score(torch.cat(precision))}
+
+
+def best_first(similarity: Tensor, relevant: Tensor) -> Tensor:
+    """(Q, N) float32, (Q, N) bool -> `relevant` by falling similarity; of equal ones, the first in the gallery first.
+
+    Sorts one integer for each image, made of similarity, place and relevance: numpy sorts plain integers three times
+    as fast as torch sorts indices.
+    """
+    bits = (similarity + 0.0).numpy().view(np.int32)  # + 0.0: of -0 as well, which equals 0
+    keys = np.where(bits < 0, bits & 0x7FFFFFFF, -bits).astype(np.int64)  # rises where the float falls
+    keys <<= 32
+    keys |= relevant.numpy() | np.arange(0, 2 * bits.shape[1], 2, dtype=np.int32)
+    keys.sort(axis=1)
+    return torch.from_numpy((keys & 1).astype(bool))
 
 
 def average_precision(relevant: Tensor) -> Tensor:

@@ -158,6 +158,8 @@ def _data(data: Mapping[str, Any]) -> list[str]:
     labels = data.get("labels")
     if labels:
         sizes = ", ".join(f"{labels[part]:,} {part}" for part in ("gallery", "selection", "report") if part in labels)
+        if labels.get("without_gallery"):
+            sizes += f"; {labels['without_gallery']:,} queries left out, as the gallery lacks their class"
         lines.append(f"- Labels: {code(labels.get('path', ''))}, {labels.get('num_classes')} classes; {sizes}.")
         lines.append("- Labels were used for scores only, never for a gradient.")
     if data.get("fingerprint"):

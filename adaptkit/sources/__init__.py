@@ -1,6 +1,9 @@
 """Where images come from: folders and lists of files, what is held out, what is labelled, what cannot be read."""
 
 from adaptkit.sources.bad_images import BadImages as BadImages
+from adaptkit.sources.cache import DecodeCache as DecodeCache
+from adaptkit.sources.cache import is_large as is_large
+from adaptkit.sources.cache import refuse_foreign as refuse_foreign
 from adaptkit.sources.decoding import ImageFacts as ImageFacts
 from adaptkit.sources.decoding import decode as decode
 from adaptkit.sources.decoding import image_facts as image_facts

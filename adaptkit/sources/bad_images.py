@@ -17,12 +17,14 @@ class BadImages:
     """Unique bad paths of a run, each one line `{"path", "reason"}` of `bad_images.jsonl`.
 
     `max_bad` is a number (`12`) or a share of `num_images` (`1%`); five are always accepted. An existing file is read
-    first, so that a resumed run goes on counting. Raises `DataError` when more are bad, `MachineError` when the
-    file cannot be read or written.
+    first, so that a resumed run goes on counting. If it lists too many, it ended the run: they are counted anew, for
+    those that nobody mended are found again. Raises `DataError` when more are bad, `MachineError` when the file cannot
+    be read or written.
     """
 
     def __init__(self, file: Path | None, num_images: int, max_bad: str) -> None:
         self.paths: set[str] = set()
+        self._listed: set[str] = set()
         self._file = file
         self._num_images = num_images
         self._max_bad = max_bad
@@ -31,15 +33,17 @@ class BadImages:
         if file is not None:
             for path, reason in _load(file):
                 self._note(path, reason)
+            self._listed = set(self.paths)
             _append(file, "")  # an empty list is there too: it says that no image was bad
-        self._check()
+            if len(self.paths) > self._accepted:
+                self.paths, self._first = set(), ""
 
     def add(self, path: str, reason: str) -> None:
         """Count and write down one bad image; a path already known is not counted again."""
         if path in self.paths:
             return
         self._note(path, reason)
-        if self._file is not None:
+        if self._file is not None and path not in self._listed:
             # ASCII: a name that is not UTF-8 becomes an escaped surrogate and reads back
             _append(self._file, json.dumps({"path": path, "reason": reason}) + "\n")
         self._check()

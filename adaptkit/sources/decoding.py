@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
 import logging
 import os
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.ImageFile
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, _imaging
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -27,6 +29,8 @@ from adaptkit.sources.scan import file_size
 from adaptkit.sources.source import BadImage
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else PIL's remarks on odd files reach the terminal
+with suppress(OSError, AttributeError):  # and libtiff's; where it is part of PIL's own file it cannot be reached
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 MAX_PIXELS = 178_956_970
 """More is a decompression bomb. Our own limit: PIL's is a global that other code switches off."""
@@ -87,7 +91,17 @@ def decode(path: Path, *, min_side: int = 8, scale: Scale = "range") -> Image.Im
     Raises `BadImage` for a file that is missing, truncated, no image, smaller than `min_side` px, larger than
     `MAX_PIXELS`, narrower than 1 : `MAX_ASPECT`, or with pixels that are NaN or infinite.
     """
-    with _opened(path) as image:
+    return decode_sized(path, DRAFT_SIDE, min_side=min_side, scale=scale)[0]
+
+
+def decode_sized(
+    path: Path, draft_side: int, *, min_side: int = 8, scale: Scale = "range", content: bytes | None = None
+) -> tuple[Image.Image, int]:
+    """`decode`, and the short side that the file says; a JPEG is reduced to at least `draft_side` px instead of 448.
+
+    With `content`, the bytes of a JPEG, these are decoded and nothing is read from `path`.
+    """
+    with _opened(path, content) as image:
         width, height = image.size
         if min(image.size) < min_side:
             raise BadImage(str(path), f"{width} x {height} px is too small, at least {min_side} px a side are needed")
@@ -96,14 +110,14 @@ def decode(path: Path, *, min_side: int = 8, scale: Scale = "range") -> Image.Im
         if isinstance(image, PngImageFile):
             _check_png(path)
         if isinstance(image, JpegImageFile):
-            _draft_(image)
+            _draft_(image, draft_side)
         raw = raw_mode(image)
         image.load()
         pixels: Image.Image = image
         if DEEP.match(raw):
             pixels = deep_to_8_bit(image, raw, scale, _low_bytes(path, raw) if scale == "percentile" else None)
             pixels = _black_is_zero(pixels, image)
-        return _upright(to_rgb(pixels), _orientation(image))
+        return _upright(to_rgb(pixels), _orientation(image)), min(width, height)
 
 
 def image_facts(path: Path) -> ImageFacts:
@@ -116,15 +130,17 @@ def image_facts(path: Path) -> ImageFacts:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile]:
+def _opened(path: Path, content: bytes | None = None) -> Iterator[ImageFile]:
     """The image, not loaded; whatever goes wrong inside the block is a `BadImage`."""
+    formats = FORMATS if content is None else ("JPEG",)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about sizes we check ourselves
-            if file_size(os.fsencode(path)) is None:  # it was one when the folder was listed
+            if content is None and file_size(os.fsencode(path)) is None:  # it was one when the folder was listed
                 raise BadImage(str(path), "is a directory, a pipe or a device, not a file")
             # opened by us: PIL maps files that it opens into memory, and scrambles turned TIFFs while at it
-            with _whole_only(), path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            stream = path.open("rb") if content is None else io.BytesIO(content)
+            with _whole_only(), stream as file, Image.open(file, formats=formats) as image:
                 _check_pixels(image.size, str(path))
                 if isinstance(image, TiffImageFile):
                     _check_tiff(image, str(path))
@@ -216,9 +232,9 @@ def _black_is_zero(pixels: Image.Image, image: Image.Image) -> Image.Image:
     return pixels
 
 
-def _draft_(image: JpegImageFile) -> None:
-    if min(image.size) >= 2 * DRAFT_SIDE:
-        image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))  # PIL takes the smallest scale that is not below this size
+def _draft_(image: JpegImageFile, side: int) -> None:
+    if min(image.size) >= 2 * side:
+        image.draft(None, (side, side))  # PIL takes the smallest scale that is not below this size
 
 
 def _has_second_frame(image: Image.Image) -> bool:

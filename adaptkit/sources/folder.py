@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from adaptkit.sources.cache import DecodeCache
 from adaptkit.sources.decoding import decode
 from adaptkit.sources.pixels import Scale
 from adaptkit.sources.scan import Scan
@@ -36,6 +37,7 @@ class FolderSource:
     class_names: tuple[str, ...] | None = None
     scale: Scale = "range"  # of images of more than 8 bits, see `decode`
     scan: Scan | None = None  # what the M files were found by
+    cache: DecodeCache | None = None  # large images are read by way of it
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,9 +65,13 @@ class FolderSource:
         return None if self.file_labels is None else int(self.file_labels[self.rows[index]])
 
     def read(self, index: int) -> Image.Image:
-        """The image, RGB and upright; large JPEGs at reduced scale. Raises `BadImage` with the relative path."""
+        """The image, RGB and upright; large JPEGs at reduced scale, and with a cache all large images.
+
+        Raises `BadImage` with the relative path.
+        """
+        file = self.file(index)
         try:
-            return decode(self.file(index), scale=self.scale)
+            return self.cache.read(file, self.scale) if self.cache else decode(file, scale=self.scale)
         except BadImage as error:
             raise BadImage(self.path(index), error.reason) from error
 
@@ -89,9 +95,9 @@ def from_files(root: Path, files: Iterable[tuple[bytes, int]], scale: Scale = "r
         sizes.append(size)
     return FolderSource(
         root=root,
-        names=np.frombuffer(bytes(names), dtype=np.uint8),
-        offsets=np.array(offsets, dtype=np.int64),
-        file_sizes=np.array(sizes, dtype=np.int64),
+        names=np.frombuffer(names, dtype=np.uint8),  # no copies: of millions of files they would double the peak
+        offsets=np.frombuffer(offsets, dtype=np.int64),
+        file_sizes=np.frombuffer(sizes, dtype=np.int64),
         rows=np.arange(len(sizes), dtype=np.int64),
         scale=scale,
     )
@@ -105,8 +111,8 @@ def evenly_spaced(count: int, limit: int) -> NDArray[np.int64]:
 def fingerprint(source: FolderSource) -> str:
     """Hash of the sorted relative paths and sizes: changes when a file is added, removed, renamed or resized."""
     sizes = source.sizes
-    paths = sorted((os.fsencode(source.path(index)), index) for index in range(len(source)))
+    paths = [os.fsencode(source.path(index)) for index in range(len(source))]
     digest = blake2b(digest_size=16)
-    for path, index in paths:
-        digest.update(b"%d\0%s\0" % (sizes[index], path))
+    for index in sorted(range(len(paths)), key=paths.__getitem__):
+        digest.update(b"%d\0%s\0" % (sizes[index], paths[index]))
     return digest.hexdigest()

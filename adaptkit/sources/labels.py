@@ -91,8 +91,8 @@ def _given_split(data: Path, queries: Path, scale: Scale) -> Labelled:
     if len(unknown) > MAX_UNKNOWN * len(held):
         first = int(unknown[0])
         raise DataError(
-            f"{shown(held.file(first))}: class {shown(query_names[first])!r} has no image in the gallery {shown(data)}, "
-            f"nor have those of {len(unknown)} of {len(held)} queries; use the same class names in both"
+            f"{shown(held.file(first))}: class {shown(query_names[first])!r} has no image in the gallery {shown(data)}"
+            f", nor have those of {len(unknown)} of {len(held)} queries; use the same class names in both"
         )
     kept = held.subset(np.flatnonzero(is_known))
     labelled = _label(kept, [name for name in query_names if name in known], class_names)

@@ -36,7 +36,7 @@ MEASURES = {  # which values are better
     "bce": "lower",
 }
 LABELS = {"knn_top1": "k-NN", "linear_top1": "linear probe"}
-WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of neighbour overlap
+WEIGHTS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of neighbour overlap
 
 
 @dataclass(frozen=True)

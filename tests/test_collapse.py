@@ -498,6 +498,6 @@ def test_a_loader_process_that_the_system_kills(vit: Path, images: Path, tmp_pat
             for child in multiprocessing.active_children():
                 child.kill()
 
-    with pytest.raises(MachineError, match="loader process was killed.*--workers"):
+    with pytest.raises(MachineError, match=r"loader process was killed.*--workers"):
         adapt(vit, images, tmp_path / "run", reporter=Killer(), **tiny(steps=200, workers=1))
     assert read(tmp_path / "run", "status.json")["exit_code"] == 8

@@ -18,7 +18,7 @@ from adaptkit.probes.score import percent_score
 from adaptkit.sources import ImageSource
 
 RANK_METRICS = ("rankme", "d_eff", "r_eff")
-KEPT_WEIGHT = 0.005  # from 18 runs (docs/quality.md): below 0.0075 the choice is one; 0.1 always chose the original
+KEPT_WEIGHT = 0.005  # from 19 runs (docs/quality.md): below 0.0075 the choice is one; 0.1 always chose the original
 LABEL_PROBES = ("knn", "linear", "retrieval")
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from adaptkit.errors import MachineError
 from adaptkit.estimate import StepCost
+from adaptkit.processes import on_main
 from adaptkit.run import Run
 from adaptkit.schedules import Plan
 from adaptkit.session import Reporter
@@ -52,8 +53,7 @@ def settle_cache(
             where = f"up to {len(images):,} images decoded small in {run.path / FOLDER}"
             reporter.note(f"keeping {where}: decoding takes {1000 * read:.1f} ms an image, training {1000 * step:.1f}")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": word})})
-    if accelerator.is_main_process:
-        run.replace_recipe(recipe)
+    on_main(lambda: run.replace_recipe(recipe))
     return Run(run.path, recipe), replace(plan, recipe=recipe)
 
 
@@ -64,8 +64,7 @@ def open_cached(run: Run, images: FolderSource, accelerator: Accelerator, report
         return images
     cache = DecodeCache.make(run.path / FOLDER if word == "on" else Path(word))
     if accelerator.is_main_process:
-        looked_at = _sample(images, SAMPLED_HEADERS)
-        missing = sum(map(cache.lacks, looked_at)) * len(images) // len(looked_at)
+        missing = round(_share(images, cache.lacks) * len(images))
         try:
             require_space(cache.folder, missing * BYTES_PER_IMAGE, cache.folder)
         except MachineError as error:
@@ -83,8 +82,7 @@ def _is_possible(path: Path, plan: Plan, images: FolderSource) -> bool:
     """What costs nothing to find out: images come again, at least half of those looked at are large, there is room."""
     if plan.total_steps <= plan.steps_per_epoch:
         return False
-    looked_at = _sample(images, SAMPLED_HEADERS)
-    if 2 * sum(map(is_large, looked_at)) < len(looked_at):
+    if _share(images, is_large) < 0.5:
         return False
     try:
         require_space(path, SPARE * len(images) * BYTES_PER_IMAGE, path)
@@ -93,8 +91,14 @@ def _is_possible(path: Path, plan: Plan, images: FolderSource) -> bool:
     return True
 
 
-def _sample(images: FolderSource, count: int) -> list[Path]:
-    return [images.file(index) for index in evenly_spaced(len(images), count).tolist()]
+def _share(images: FolderSource, is_so: Callable[[Path, bytes | None], bool]) -> float:
+    """Of the images, those of which it is so, from 32 that are looked at."""
+    indices = evenly_spaced(len(images), SAMPLED_HEADERS).tolist()
+    count = 0
+    for index in indices:
+        with suppress(BadImage):
+            count += is_so(images.file(index), images.content(index))
+    return count / len(indices)
 
 
 def _read_seconds(images: FolderSource) -> float:

@@ -67,29 +67,31 @@ class Channel:
         return self.information > 0 and self.information >= RECOVERED * self.best_information
 
 
-class LastOutput:
-    """Keeps what a network gave last, on its device."""
+class LastInput:
+    """Keeps what a network was given last, on its device. A head gets its backbone's embeddings, all parts together."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.output: Tensor | None = None
+        self.rows: Tensor | None = None
 
-        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:  # no method: a copied network copies those
-            self.output = output
+        def keep(module: nn.Module, inputs: tuple[Tensor]) -> None:  # no method: a copied network copies those
+            self.rows = inputs[0]
 
-        network.register_forward_hook(keep)
+        network.register_forward_pre_hook(keep)
 
 
 @torch.no_grad()
 def effective_directions(embeddings: Tensor) -> Tensor:
     """(N, D) -> scalar (sum l)^2 / sum l^2, l = eigenvalues of the covariance (`d_eff`); 0 if they do not vary.
 
-    It needs no eigenvalues, as both sums are entries of the (N, N) Gram matrix, and does not wait for the device.
+    It needs no eigenvalues, as both sums are entries of a Gram matrix, (N, N) or (D, D), and does not wait for the
+    device.
     """
     rows = embeddings.float()
     rows = rows / rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)  # squares and their squares stay finite
     centred = rows - rows.mean(0)
     power, variation = rows.square().sum(), centred.square().sum()
-    directions = variation.square() / (centred @ centred.T).square().sum()
+    gram = centred @ centred.T if len(rows) <= rows.shape[1] else centred.T @ centred
+    directions = variation.square() / gram.square().sum()
     return torch.where(variation <= RESIDUE * power, 0.0, directions)  # NaN compares as false and stays
 
 

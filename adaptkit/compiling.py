@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from adaptkit.backbones.reading import line
 from adaptkit.distill import train_mode_
 from adaptkit.errors import MachineError
+from adaptkit.microbatch import has_batchnorm
 from adaptkit.session import Session
 from adaptkit.views import photometric
 from adaptkit.views.photometric import NUM_FACTORS
@@ -70,7 +70,7 @@ def _is_worth_it(s: Session, setting: str) -> bool:
 
 def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
     """The blocks of a ViT, or of the stages of a hierarchical network; none if it has BatchNorm."""
-    if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+    if has_batchnorm(backbone):
         return
     for name, module in backbone.named_modules():
         if name.rpartition(".")[2] == "blocks":
@@ -89,11 +89,11 @@ def _try_out(s: Session) -> None:
     with limit, torch.random.fork_rng([device] if device.type == "cuda" else []):
         views = _black_views(s, num_images)
         with torch.no_grad(), s.accelerator.autocast():
-            s.teacher(views[:1], num_images)
+            s.teacher(views[:1], num_images, micro_batch=s.recipe.micro_batch)
         for frozen in (True, False) if s.plan.head_warmup else (False,):
             train_mode_(s.student, frozen)
             with s.accelerator.autocast():
-                logits = s.student(views, num_images, frozen)
+                logits = s.student(views, num_images, frozen, s.recipe.micro_batch)
             torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
 
 

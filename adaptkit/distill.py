@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptkit.microbatch import embed_in_parts
 from adaptkit.objectives import Objective
 from adaptkit.objectives.head import draw_, last_bias
 
@@ -17,20 +18,34 @@ class Branch(nn.Module):
     """A backbone and its projection head.
 
     `forward` takes one tensor of views for every view size, view-major, and gives the logits (V, N, B) in float32:
-    all views of one size go through the backbone in one pass, and the head sees all views at once.
+    all views of one size go through the backbone in one pass, unless `micro_batch` says otherwise, and the head sees
+    all views at once.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.untrained = tuple(_untrained(backbone))
 
-    def forward(self, views: Iterable[Tensor], num_images: int, frozen: bool = False) -> Tensor:
+    def forward(
+        self, views: Iterable[Tensor], num_images: int, frozen: bool = False, micro_batch: int | None = None
+    ) -> Tensor:
         """Views [(G * N, 3, S, S), (L * N, 3, s, s)] -> (G + L, N, B). `frozen`: no gradient to the backbone."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            embeddings = torch.cat([self.backbone(view) for view in views])  # (V * N, D)
+            embeddings = embed_in_parts(self.backbone, views, num_images, micro_batch)  # (V * N, D)
         logits: Tensor = self.head(embeddings)
         return logits.float().view(-1, num_images, logits.shape[1])
+
+
+def _untrained(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a network none of whose parameters has a gradient."""
+    for part in module.children():
+        trained = [parameter.requires_grad for parameter in part.parameters()]
+        if trained and not any(trained):
+            yield part
+        elif not all(trained):
+            yield from _untrained(part)
 
 
 def build_pair(
@@ -44,9 +59,14 @@ def build_pair(
 
 
 def train_mode_(student: Branch, frozen: bool) -> None:
-    """Train mode, except that a frozen backbone also keeps its BatchNorm statistics and drops no path."""
+    """Train mode, except that a frozen backbone also keeps its BatchNorm statistics and drops no path.
+
+    The same holds for those parts of the backbone that are never trained.
+    """
     student.train()
     student.backbone.train(not frozen)
+    for part in student.untrained:
+        part.eval()
 
 
 @torch.no_grad()

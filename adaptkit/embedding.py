@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from adaptkit.backbones import Backbone
 from adaptkit.errors import DataError, DeviceMemoryError, UsageError, did_you_mean
 from adaptkit.loading import start_worker
+from adaptkit.processes import ALONE, Share
 from adaptkit.sources import BadImage, ImageSource
 from adaptkit.sources.source import shown
 
@@ -41,6 +42,13 @@ class _Batch:
     def pin_memory(self) -> _Batch:
         """Called by the DataLoader, which cannot look into classes it does not know."""
         return _Batch(self.indices, None if self.pixels is None else self.pixels.pin_memory(), self.failures)
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    indices: list[int]
+    vectors: Tensor | None  # (n, D) float32, CPU
+    failures: list[tuple[str, str]]
 
 
 Item = tuple[int, Tensor | tuple[str, str]]
@@ -71,11 +79,13 @@ def embed(
     device: torch.device | str | None = None,
     workers: int = 0,
     precision: str = "fp32",
+    share: Share = ALONE,
 ) -> Embeddings:
     """Embed every readable image of `source` with the backbone's own preprocessing.
 
     `device` None means where the backbone is; otherwise it is moved there and back. Modes of the modules and the
-    global random state are left as they were. Unreadable images are left out and listed in `failures`.
+    global random state are left as they were. Unreadable images are left out and listed in `failures`. With a `share`
+    this process embeds its batches only, all processes call this, and each gets everything, the same to the bit.
     Raises DataError when no image is readable, UsageError for an unknown precision, DeviceMemoryError.
     """
     if precision not in AUTOCAST:
@@ -83,36 +93,35 @@ def embed(
         raise UsageError(f"unknown precision {precision!r}, use one of {', '.join(AUTOCAST)}{hint}")
     home = _device_of(backbone.module)
     target = home if device is None else torch.device(device)
-    loader = _loader(backbone, source, batch_size, workers, pin=target.type == "cuda")
-    vectors: list[Tensor] = []
-    indices: list[int] = []
-    failures: list[tuple[str, str]] = []
+    batches = share.batches(len(source), batch_size)
+    loader = _loader(backbone, source, batches, workers, pin=target.type == "cuda")
+    embedded: list[_Embedded] = []
     try:
         # the teacher of a run may be compiled for the sizes and the precision of training, which are not these
         eager = torch.compiler.set_stance("force_eager")
         with eager, _frozen(backbone.module, target), _exact_float32(), torch.inference_mode():
             for batch in loader:
-                failures += batch.failures
-                indices += batch.indices
+                vectors = None
                 if batch.pixels is not None:
-                    vectors.append(_forward(backbone, batch.pixels.to(target, non_blocking=True), precision).cpu())
+                    vectors = _forward(backbone, batch.pixels.to(target, non_blocking=True), precision)
+                    vectors = vectors.cpu().clone()  # not a view that holds, and sends, all tokens of the batch
+                embedded.append(_Embedded(batch.indices, vectors, batch.failures))
     except torch.OutOfMemoryError as error:
         advice = f"out of memory while embedding {batch_size} images at once; use a smaller batch size"
         raise DeviceMemoryError(f"{target}: {advice}") from error
-    if not vectors:
-        detail = f"; the first: {shown(failures[0][0])}: {failures[0][1]}" if failures else ""
-        raise DataError(f"none of the {len(source)} images could be read{detail}; check the data")
-    return _collect(source, torch.cat(vectors), indices, failures)
+    return _collect(source, share.gather(embedded))
 
 
-def _loader(backbone: Backbone, source: ImageSource, batch_size: int, workers: int, pin: bool) -> Iterable[_Batch]:
-    """Batches in order. Workers run one torch thread each: the DataLoader sees to that itself."""
+def _loader(
+    backbone: Backbone, source: ImageSource, batches: Sequence[Sequence[int]], workers: int, pin: bool
+) -> Iterable[_Batch]:
+    """The batches of these indices, in order. Workers run one torch thread each: the DataLoader sees to that itself."""
     images = _Images(source, backbone.eval_transform())
     # an own generator: otherwise every pass draws from the global one, and probing would change the training after it
     generator = torch.Generator().manual_seed(0)
     loader: Iterable[Any] = DataLoader(  # typed by the dataset's items, whatever collate_fn makes of them
         images,
-        batch_size,
+        batch_sampler=batches,  # type: ignore[arg-type]  # not only of lists
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin,
@@ -170,11 +179,17 @@ def _device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _collect(source: ImageSource, vectors: Tensor, indices: list[int], failures: list[tuple[str, str]]) -> Embeddings:
+def _collect(source: ImageSource, batches: Sequence[_Embedded]) -> Embeddings:
+    indices = [index for batch in batches for index in batch.indices]
+    failures = [failure for batch in batches for failure in batch.failures]
+    vectors = [batch.vectors for batch in batches if batch.vectors is not None]
+    if not vectors:
+        detail = f"; the first: {shown(failures[0][0])}: {failures[0][1]}" if failures else ""
+        raise DataError(f"none of the {len(source)} images could be read{detail}; check the data")
     labels = [source.label(i) for i in indices]
     known = [label for label in labels if label is not None]
     return Embeddings(
-        vectors=vectors,
+        vectors=torch.cat(vectors),
         labels=torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
         class_names=source.class_names,
         paths=tuple(source.path(i) for i in indices),
@@ -184,12 +199,21 @@ def _collect(source: ImageSource, vectors: Tensor, indices: list[int], failures:
 
 @dataclass(frozen=True)
 class Embedder:
-    """How images are embedded for the probes of a run."""
+    """How images are embedded for the probes of a run.
+
+    `shared`: the processes of a launch share the batches, so all have to call it. Not what only some of them do.
+    """
 
     batch_size: int = 128
     workers: int = 0
     precision: str = "fp32"
     device: torch.device | None = None
+    shared: bool = False
+
+    @property
+    def share(self) -> Share:
+        """The batches this process takes."""
+        return Share.mine() if self.shared else ALONE
 
     def __call__(self, backbone: Backbone, source: ImageSource) -> Embeddings:
         """Embeddings of every readable image of the source."""
@@ -200,4 +224,5 @@ class Embedder:
             device=self.device,
             workers=self.workers,
             precision=self.precision,
+            share=self.share,
         )

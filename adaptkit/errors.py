@@ -11,6 +11,7 @@ class AdaptkitError(Exception):
     """Base of every error a user can cause or mend. Never raised itself."""
 
     exit_code = 1
+    is_local: bool | None = None  # whether one process of several met it alone and speaks; None: as its code says
 
 
 class UsageError(AdaptkitError):
@@ -59,10 +60,36 @@ class MachineError(AdaptkitError):
     exit_code = 8
 
 
+class ConnectionLost(MachineError):
+    """Another process of the launch is gone. Its own message, if it had time for one, is the reason."""
+
+
 class Interrupted(AdaptkitError):
     """Stopped by a signal with the state saved; `adaptkit resume RUN` goes on."""
 
     exit_code = 75
+
+
+LOCAL_CODES = (1, DeviceMemoryError.exit_code, MachineError.exit_code)
+
+
+class FailedElsewhere(AdaptkitError):
+    """Another process of the launch failed and said why; this one has only lost its company."""
+
+    is_local = False
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def is_local(error: BaseException | None, exit_code: int | None) -> bool:
+    """Whether one process of several may have met this alone: then it speaks for itself."""
+    known: bool | None = getattr(error, "is_local", None)
+    return exit_code in LOCAL_CODES if known is None else known
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:

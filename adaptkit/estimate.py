@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ from adaptkit.backbones import Backbone
 from adaptkit.embedding import Embedder
 from adaptkit.errors import UsageError
 from adaptkit.inputs import Inputs, open_inputs
-from adaptkit.loop import train_steps
+from adaptkit.memory import train_in_memory
 from adaptkit.prepare import load_original, loader_workers, settle
 from adaptkit.recipe import Recipe
 from adaptkit.requirement import check_wishes
 from adaptkit.schedules import Plan
-from adaptkit.session import Reporter, open_accelerator, open_session
+from adaptkit.session import Reporter, TrainState, open_accelerator, open_session
 from adaptkit.settings import budget_seconds
 
 WARM_STEPS = 2  # the first steps allocate memory and start workers
@@ -39,6 +39,7 @@ class StepCost:
     seconds: float
     peak_bytes: int
     fed_seconds: float = 0.0  # of `seconds`, what is left when no step waits for its batch
+    micro_batch: int | None = None  # the recipe's, or less, where the memory was too small for it
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,22 @@ def time_steps(
         moments.append(time.perf_counter())
         waits.append(session.meter.wait)
 
+    def start_again() -> None:
+        moments.clear()
+        waits.clear()
+        session.state = TrainState()
+        session.meter.restart()
+
     with torch.random.fork_rng():
         session = open_session(
             accelerator, plan, inputs.train, original, original.clone(), workers, lambda failures: None
         )
-        train_steps(session, note)
+        train_in_memory(session, note, start_again)
     accelerator.free_memory()
     steps = np.diff(moments[WARM_STEPS - 1 :])
     fed = steps - np.diff(waits[WARM_STEPS - 1 :])
-    return StepCost(float(np.median(steps)), peak_memory(accelerator.device), float(np.median(fed)))
+    peak = peak_memory(accelerator.device)
+    return StepCost(float(np.median(steps)), peak, float(np.median(fed)), session.recipe.micro_batch)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -136,11 +144,12 @@ class Forecast:
 def forecast(accelerator: Accelerator, recipe: Recipe, inputs: Inputs, original: Backbone, workers: int) -> Forecast:
     """Time a few steps and a few embeddings, nothing of which is kept. `recipe` is settled (`prepare.settle`)."""
     cost = time_steps(accelerator, recipe, inputs, original, workers, TRIED_STEPS)
+    recipe = recipe.model_copy(update={"micro_batch": cost.micro_batch})
     tried = inputs.train.subset(np.arange(min(len(inputs.train), recipe.probe.batch_size)))
     embedder = Embedder(recipe.probe.batch_size, workers, device=accelerator.device)
     started = time.perf_counter()
     embedder(original, tried)
-    per_image = (time.perf_counter() - started) / len(tried)
+    per_image = (time.perf_counter() - started) / len(tried) / accelerator.num_processes  # a run shares the batches
     plan, passes = Plan.make(recipe, len(inputs.train)), Passes.count(inputs, recipe)
     before = passes.before * per_image
     if recipe.budget is not None:
@@ -183,9 +192,11 @@ def run_seconds(plan: Plan, passes: Passes, cost: StepCost, per_image: float) ->
 def fit_budget(plan: Plan, num_images: int, passes: Passes, cost: StepCost, per_image: float, spent: float) -> Plan:
     """The plan with as many of its steps as fit into `recipe.budget`, of which `spent` seconds are gone.
 
-    The resulting recipe has `steps` and no budget any more, so that it means the same on any machine. Every process
-    follows the main one's clock. Raises `UsageError` when fewer than 20 steps would fit.
+    The resulting recipe has `steps` and no budget any more, so that it means the same on any machine, and the
+    `micro_batch` that was timed. Every process follows the main one's clock. Raises `UsageError` when fewer than 20
+    steps would fit.
     """
+    plan = replace(plan, recipe=plan.recipe.model_copy(update={"micro_batch": cost.micro_batch}))
     budget, least = plan.recipe.budget or "", min(MIN_STEPS, plan.total_steps)
 
     def seconds(steps: int) -> float:

@@ -12,10 +12,11 @@ import torch
 from adaptkit.backbones import load_backbone
 from adaptkit.embedding import Embedder
 from adaptkit.errors import DataError, UsageError, did_you_mean
+from adaptkit.places import FILES, kind_of
 from adaptkit.probes import PROBES
 from adaptkit.probes.measure import Measurement, compare, measure_labelled
 from adaptkit.report.document import deltas_to_json, scores_to_json
-from adaptkit.sources import ImageSource, Scale, has_class_folders, open_folder, open_labelled
+from adaptkit.sources import ImageSource, Scale, has_class_folders, open_images, open_labelled
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ def _open_probe_data(
     A folder without labels is both, if no probe that needs labels was asked for.
     """
     needs_labels = asked_for is None or any(name != "rank" for name in asked_for)
-    if queries is None and Path(data).is_dir() and not has_class_folders(data):
+    has_no_labels = kind_of([str(data)]) != ("", FILES) or (Path(data).is_dir() and not has_class_folders(data))
+    if queries is None and has_no_labels:
         if asked_for is not None and needs_labels:
             raise DataError(
                 f"{data}: no class folders, so there are no labels for {', '.join(asked_for)}; try --metric rank"
             )
-        images = open_folder(data, scale)
+        images = open_images([data], scale)
         return images, images, 0
     labelled = open_labelled(data, queries, seed, scale)
     return labelled.gallery, labelled.queries, len(labelled.left_out) if labelled.left_out else 0

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adaptkit.backbones import Backbone, load_backbone, save_backbone
-from adaptkit.checkpoints import save_tensors
+from adaptkit.checkpoints import load_tensors, save_tensors
 from adaptkit.embedding import Embedder
+from adaptkit.errors import BackboneError, UsageError
+from adaptkit.objectives.head import ProjectionHead
 from adaptkit.sources import FolderSource, evenly_spaced
 
 NUM_COMPARED = 64
@@ -54,3 +56,23 @@ def export_head(head: nn.Module, file: Path, embed_dim: int, objective: str) -> 
     if objective == "bits":
         facts["num_bits"] = [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
     save_tensors(file, tensors, facts)
+
+
+def load_head(file: Path, embed_dim: int) -> ProjectionHead:
+    """The head of a run that learnt codes, as `export_head` wrote it.
+
+    Raises `UsageError` if the run's objective makes no codes, `BackboneError` if it is of another network.
+    """
+    if not file.is_file():
+        raise BackboneError(f"{file}: no such file; the run has no head to make codes with")
+    tensors, facts = load_tensors(file)
+    if facts.get("objective") != "bits":
+        raise UsageError(f"{file}: the head of objective {facts.get('objective')}; only bits makes codes")
+    if facts.get("embed_dim") != embed_dim:
+        raise BackboneError(f"{file}: does not fit a backbone with embeddings of {embed_dim} numbers")
+    try:
+        head = ProjectionHead(embed_dim, int(facts["num_bits"]), tensors["0.weight"].shape[0])
+        head.load_state_dict(tensors)
+    except (KeyError, RuntimeError):
+        raise BackboneError(f"{file}: damaged, or of another kind of head; export the run again") from None
+    return head.eval()

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from adaptkit.errors import DataError
-from adaptkit.sources import BadImage, ImageSource
+from adaptkit.sources import BadImage, Blocks, ImageSource
 from adaptkit.views import MultiCrop, Views
 
 GRACE_SECONDS = 30  # of a worker after SIGTERM
@@ -35,7 +36,9 @@ class Stuck:
     def error(self) -> DataError:
         """What the user is told."""
         path, reason = self.failures[0]
-        return DataError(f"{path}: {reason}, and so are the images after it; check the data")
+        error = DataError(f"{path}: {reason}, and so are the images after it; check the data")
+        error.is_local = True  # other processes may have good images
+        return error
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class ViewDataset(Dataset[Item]):
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The batches of steps `start` to `stop`, as (epoch, index) pairs: this process's share of each global batch.
 
-    Every epoch is a fresh permutation seeded by (seed, epoch); a last incomplete batch is left out.
+    Every epoch is a fresh permutation seeded by (seed, epoch), which keeps the images of `blocks` together where there
+    are any; a last incomplete batch is left out.
     """
 
     def __init__(
@@ -94,11 +98,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         stop: int,
         process: int = 0,
         num_processes: int = 1,
+        blocks: Blocks | None = None,
     ) -> None:
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.start, self.stop = start, stop
         self.share = batch_size // num_processes
         self.offset = process * self.share
+        self.blocks = blocks
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -109,9 +115,12 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.start, self.stop):
             if step // steps_per_epoch != epoch:
                 epoch = step // steps_per_epoch
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+                order = self._order(np.random.default_rng([self.seed, epoch]))
             first = step % steps_per_epoch * self.batch_size + self.offset
             yield [(epoch, int(index)) for index in order[first : first + self.share]]
+
+    def _order(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        return self.blocks.shuffled(generator) if self.blocks else generator.permutation(self.num_images)
 
 
 def collate(items: list[Item]) -> Batch | Stuck:

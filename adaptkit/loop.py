@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ import torch
 from adaptkit.compiling import compile_backbones
 from adaptkit.distill import balance_head_, ema_update_, redraw_head_, train_mode_
 from adaptkit.loading import Batch, StepSampler, Stuck, ViewDataset, view_loader
+from adaptkit.microbatch import fixed_statistics
 from adaptkit.optimizer import set_schedule_
+from adaptkit.processes import average_statistics_
 from adaptkit.session import Session
 
 
@@ -44,20 +47,23 @@ def train_steps(s: Session, after_step: Callable[[int], str | None]) -> str | No
 
         views, num_images = to_device(s, batch)  # [(G * n, 3, S, S), (L * n, 3, s, s)]
         with torch.no_grad(), s.accelerator.autocast():
-            targets = s.teacher(views[:1], num_images)  # (G, n, B)
+            targets = s.teacher(views[:1], num_images, micro_batch=recipe.micro_batch)  # (G, n, B)
         if s.objective.balance == "always" or (fresh and s.objective.balance == "draw"):
             medians = s.accelerator.gather(targets.flatten(0, 1)).median(0).values  # (B,), of the global batch
             targets = balance_head_(s.student, s.teacher, targets, medians, fresh)
         with s.accelerator.autocast():
-            logits = s.wrapped(views, num_images, frozen)  # (V, n, B)
+            logits = s.wrapped(views, num_images, frozen, recipe.micro_batch)  # (V, n, B)
         losses = s.objective(logits, targets, step)
 
-        s.accelerator.backward(losses.loss)
+        with fixed_statistics(s.student.backbone) if recipe.grad_checkpointing else nullcontext():
+            s.accelerator.backward(losses.loss)
         for parameter in s.objective.frozen(s.student.head, step - s.state.last_draw):
             parameter.grad = None
         grad_norm = s.accelerator.clip_grad_norm_(s.student.parameters(), recipe.optim.clip_norm)
         s.optimizer.step()
         s.optimizer.zero_grad()
+        if not frozen:
+            average_statistics_(s.student)
         ema_update_(s.teacher, s.student, plan.momentum(step))
 
         s.state.step = step + 1
@@ -80,6 +86,7 @@ def _batches(s: Session) -> tuple[ViewDataset, StepSampler]:
         s.plan.total_steps,
         s.accelerator.process_index,
         s.accelerator.num_processes,
+        s.source.blocks,
     )
     return dataset, sampler
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,14 @@ from adaptkit.backbones import Backbone
 from adaptkit.checkpoints import LAST, load_state
 from adaptkit.errors import BackboneError, DataError
 from adaptkit.inputs import Inputs
-from adaptkit.run import INDEX, Run, environment
+from adaptkit.run import INDEX, Run, damaged
 from adaptkit.session import Reporter
 from adaptkit.sources import FolderSource
 from adaptkit.sources.source import shown
+from adaptkit.tuning import plan_tuning
 
 NAME = "manifest.json"
+DISTRIBUTIONS = ("adaptkit", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors", "pillow")
 MAX_COMPARED = 1_000_000  # images, to be named when they changed; beyond that counting has to do
 SAID_AS = {"device": "device", "precision": "precision", "num_processes": "processes"}
 
@@ -113,6 +118,8 @@ def write_manifest(run: Run, original: Backbone, inputs: Inputs, accelerator: Ac
         return
     now, known = _surroundings(run, accelerator), _learnt_with(run)
     if known is None:
+        if (run.path / LAST).is_file():
+            reporter.note(f"{run.path / NAME}: missing; images and weights are taken for those the run began with")
         run.write_json(NAME, now | _began_with(run, original, inputs))
         return
     if changed := changes(known, now):
@@ -134,7 +141,19 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _learnt_with(run: Run) -> dict[str, Any] | None:
     """The manifest, if there is a checkpoint: before it nothing was learnt, and everything may still change."""
-    return run.read_json(NAME) if (run.path / LAST).is_file() else None
+    known = run.read_json(NAME) if (run.path / LAST).is_file() else None
+    if known is not None and not _is_manifest(known):
+        raise damaged(run.path / NAME)
+    return known
+
+
+def _is_manifest(known: Mapping[str, Any]) -> bool:
+    """Whether what `changes` and the refusals look at has its kind."""
+    resumed = known.get("resumed", [])
+    parts = [known, *resumed] if isinstance(resumed, list) else [None]
+    return isinstance(known.get("weights_sha256"), str | None) and all(
+        isinstance(part, Mapping) and isinstance(part.get("versions", {}), Mapping) for part in parts
+    )
 
 
 def _surroundings(run: Run, accelerator: Accelerator) -> dict[str, Any]:
@@ -149,6 +168,7 @@ def _surroundings(run: Run, accelerator: Accelerator) -> dict[str, Any]:
 def _began_with(run: Run, original: Backbone, inputs: Inputs) -> dict[str, Any]:
     return {
         "seed": run.recipe.seed,
+        "trained_parameters": plan_tuning(original, run.recipe).num_trained(original.module),
         "preprocessing": {
             "image_px": original.image_px,
             "mean": list(original.mean),
@@ -159,4 +179,20 @@ def _began_with(run: Run, original: Backbone, inputs: Inputs) -> dict[str, Any]:
         "data_fingerprint": inputs.facts["fingerprint"],
         "labels_fingerprint": labels_fingerprint(inputs),
         "weights_sha256": weights_sha256(original),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What `manifest.json` says about the software and the command."""
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "command": sys.argv,
     }

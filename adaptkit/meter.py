@@ -6,6 +6,7 @@ import time
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from adaptkit.objectives import Objective
@@ -39,6 +40,11 @@ class Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.num_steps += 1
         self.num_images += num_images
+
+    def shares(self) -> list[dict[str, Tensor]]:
+        """The window's sums so far, of each process."""
+        shares: list[dict[str, Tensor]] = gather_object([{name: value.cpu() for name, value in self.sums.items()}])
+        return shares
 
     def read(self) -> dict[str, float]:
         """The window's numbers over all processes; starts the next window."""

@@ -9,6 +9,7 @@ from timm.optim import param_groups_layer_decay
 
 from adaptkit.distill import Branch
 from adaptkit.schedules import Plan
+from adaptkit.tuning import lora_matrices
 
 BETAS = (0.9, 0.999)
 FUSED_DEVICES = ("cpu", "cuda")  # one kernel for all parameters of a group, and no host synchronisation under fp16
@@ -18,12 +19,18 @@ def build_optimizer(student: Branch, plan: Plan) -> torch.optim.AdamW:
     """One group per layer and kind of parameter; biases, norms and tokens have no weight decay.
 
     Every group carries `lr_scale` (layer-wise decay), `decays` (whether it has weight decay) and `is_head`.
+    LoRA's matrices have the last layer's rate in all layers: layer-wise decay protects pretrained weights, and these
+    start from nothing. Their weight decay draws towards the original weights, not towards 0.
     """
     decay = plan.recipe.optim.layer_decay
     tokens: set[str] = getattr(student.backbone, "no_weight_decay", set)()  # timm does not ask for these by itself
-    groups: list[dict[str, Any]] = []
+    matrices = lora_matrices(student.backbone)
+    new = {id(matrix) for matrix in matrices}
+    groups = [_group(matrices, 1.0, decays=True, is_head=False)] if matrices else []
     for group in param_groups_layer_decay(student.backbone, 1.0, no_weight_decay_list=tokens, layer_decay=decay):
-        groups.append(_group(group["params"], group["lr_scale"], group["weight_decay"] > 0, is_head=False))
+        pretrained = [parameter for parameter in group["params"] if id(parameter) not in new]
+        if pretrained:
+            groups.append(_group(pretrained, group["lr_scale"], group["weight_decay"] > 0, is_head=False))
     for decays in (True, False):
         parameters = [p for p in student.head.parameters() if (p.ndim > 1) == decays]
         groups.append(_group(parameters, 1.0, decays, is_head=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,13 +84,20 @@ def between(
     module.load_state_dict(interpolate(start, weights, alpha))
     backbone = replace(original, module=module)
     if alpha < 1:
-        reestimate_batchnorm_(backbone, images, embedder)
+        still = {name for name, tensor in weights.items() if torch.equal(tensor.cpu(), start[name])}
+        reestimate_batchnorm_(backbone, images, embedder, still)
     return backbone
 
 
-def reestimate_batchnorm_(backbone: Backbone, images: FolderSource, embedder: Embedder) -> None:
-    """Statistics of interpolated weights are not the interpolated statistics: average them over training images."""
-    norms = [m for m in backbone.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+def reestimate_batchnorm_(
+    backbone: Backbone, images: FolderSource, embedder: Embedder, still: Collection[str] = ()
+) -> None:
+    """Statistics of interpolated weights are not the interpolated statistics: average them over training images.
+
+    Those named in `still`, which training left as they were, are those of frozen layers and stay.
+    """
+    named = [(name, m) for name, m in backbone.module.named_modules() if isinstance(m, _BatchNorm)]
+    norms = [m for name, m in named if m.track_running_stats and f"{name}.running_mean" not in still]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -98,7 +106,8 @@ def reestimate_batchnorm_(backbone: Backbone, images: FolderSource, embedder: Em
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over batches
     rng = np.random.default_rng(0)
-    embedder(backbone, images.subset(np.sort(rng.permutation(len(images))[:NUM_REESTIMATED])))
+    alone = replace(embedder, shared=False)  # each process needs the statistics of all batches
+    alone(backbone, images.subset(np.sort(rng.permutation(len(images))[:NUM_REESTIMATED])))
     for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         hook.remove()
         norm.momentum = momentum
@@ -178,6 +187,7 @@ def compose_report(
             "metrics": "metrics.jsonl",
             "manifest": "manifest.json",
             "recipe": "recipe.yaml",
+            "html": "report.html",
         },
         "timings": timings | {"total": round(sum(timings.values()), 3)},
         "require_gain": required,

@@ -16,12 +16,15 @@ def this_process() -> dict[str, Any]:
 
 
 def is_alive_elsewhere(process: Mapping[str, Any]) -> bool:
-    """Whether the process that `this_process` named is alive on this machine, and is not this one.
+    """Whether the process that `this_process` named is alive on this machine, and is not this one or its launcher.
 
-    A program that was given its number since is not it. False also for another machine, of which nothing is known.
+    A launcher has the run for the processes that it starts. A program that was given the number since is not alive
+    here. False also for another machine, of which nothing is known.
     """
     pid = process.get("pid")
-    if type(pid) is not int or pid <= 0 or pid == os.getpid() or process.get("host") != platform.node():
+    if type(pid) is not int or pid <= 0 or process.get("host") != platform.node():
+        return False
+    if pid == os.getpid() or (pid == os.getppid() and "WORLD_SIZE" in os.environ):
         return False
     if Path("/proc/self/stat").exists():
         started = _start_ticks(pid)

@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from adaptkit.errors import UsageError, did_you_mean
+from adaptkit.places import absolute
 from adaptkit.settings import (
     CACHE_WORDS,
     MAX_COUNT,
@@ -31,6 +32,7 @@ from adaptkit.settings import (
     SelectSettings,
     Settings,
     TeacherSettings,
+    Tune,
     ViewSettings,
     check_budget,
     none_from_text,
@@ -75,6 +77,20 @@ class Recipe(Settings):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="compile the backbone (torch.compile); auto: on a GPU, in runs that are long enough"
     )
+    tune: Tune = Field(
+        "full", description="what is trained of the backbone: full, last-N-blocks (as in last-4-blocks), or lora"
+    )
+    lora_rank: int = Field(16, ge=1, le=MAX_COUNT, description="lora: rank of the update of each linear layer")
+    micro_batch: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
+        None,
+        ge=1,
+        le=MAX_COUNT,
+        description="images that go through the network at once, in each process; the result stays that of the whole "
+        "batch; null: all, or as many as the memory holds",
+    )
+    grad_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them: less memory, slower"
+    )
     image_px: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
         None, ge=16, le=MAX_PX, description="side of a global crop; null: the backbone's own"
     )
@@ -90,11 +106,14 @@ class Recipe(Settings):
     select: SelectSettings = SelectSettings()
 
     def with_absolute_paths(self) -> Recipe:
-        """The same recipe, its paths independent of the folder it was started in."""
+        """The same recipe, its paths independent of the folder it was started in; URLs stay.
+
+        Raises `UsageError` for a URL with a password or a query: what is kept must hold no secret.
+        """
         paths: dict[str, Any] = {
-            key: os.path.abspath(getattr(self, key)) for key in PATH_KEYS if getattr(self, key) is not None
+            key: absolute(getattr(self, key)) for key in PATH_KEYS if getattr(self, key) is not None
         }
-        images = tuple(os.path.abspath(path) for path in self.data.path)
+        images = tuple(absolute(path) for path in self.data.path)
         cache = self.data.cache if self.data.cache in CACHE_WORDS else os.path.abspath(self.data.cache)
         paths["data"] = self.data.model_copy(update={"path": images, "cache": cache})
         # a plain word is a name, unless a saved backbone lies in a folder of that name; `nano` always is

@@ -1,7 +1,7 @@
 """The run directory: made before torch is imported, so that even a failed start leaves a record.
 
 runs/NAME/  recipe.yaml  status.json  manifest.json  metrics.jsonl  bad_images.jsonl  images.index
-            checkpoints/  cache/  backbone/  head.safetensors  report.json  report.md
+            checkpoints/  cache/  backbone/  head.safetensors  report.json  report.md  report.html  pictures.json
 """
 
 from __future__ import annotations
@@ -9,22 +9,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from adaptkit.errors import DeviceMemoryError, MachineError, UsageError
+from adaptkit.errors import FailedElsewhere, MachineError, UsageError, is_local
 from adaptkit.owner import alone, is_alive_elsewhere, this_process
+from adaptkit.places import short_name
 from adaptkit.recipe import Recipe, dump_recipe, load_recipe
 
-DISTRIBUTIONS = ("adaptkit", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors", "pillow")
 INDEX = "images.index"  # what a scan of the target found
 OURS = (
     "recipe.yaml",
@@ -39,10 +36,11 @@ OURS = (
     "head.safetensors",
     "report.json",
     "report.md",
+    "report.html",
+    "pictures.json",
 )
 RUNNING = "running"  # the state of a run that has not ended, or was killed
 PART = re.compile(r"(\.\d+)?\.part$")
-LOCAL_CODES = (1, DeviceMemoryError.exit_code, MachineError.exit_code)  # may strike one process of several
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE}
 
 
@@ -66,10 +64,11 @@ class Run:
             return cls(path, recipe)
         run = cls(path, recipe)
         with machine_errors(path):
-            check_output(path, overwrite)
-            path.mkdir(parents=True, exist_ok=True)
-            with alone(path):
-                if check_output(path, overwrite):  # again: another process may have been faster
+            if not path.is_dir():
+                check_output(path, overwrite)
+                path.mkdir(parents=True, exist_ok=True)
+            with alone(path):  # another process may be about to begin there
+                if check_output(path, overwrite):
                     run.refuse_living()
                     _clear(path)
                 write_text(path / "recipe.yaml", _as_asked(recipe))
@@ -109,15 +108,22 @@ class Run:
         if status.get("state") == RUNNING and is_alive_elsewhere(status):
             raise UsageError(f"{self.path}: still running as process {status['pid']} on this machine; stop it first")
 
-    def status(self, state: str, exit_code: int | None, message: str) -> None:
+    def status(self, state: str, exit_code: int | None, message: str, error: BaseException | None = None) -> None:
         """Write `status.json`: launchers hide exit codes, so the code is also here.
 
         While it runs also says which process it is: a kill leaves `running`, and the process is gone then. Of several
-        processes the main one speaks for all, except that each may fail alone.
+        processes the main one speaks for all, except that each may fail alone, by an `error` of its own.
         """
-        if _rank() == 0 or exit_code in LOCAL_CODES:
+        if not isinstance(error, FailedElsewhere) and (_rank() == 0 or is_local(error, exit_code)):
             document = {"state": state, "exit_code": exit_code, "message": message}
             self.write_json("status.json", document | (this_process() if state == RUNNING else {}))
+
+    def failed_elsewhere(self, error: Exception) -> FailedElsewhere | None:
+        """A process that fails closes its connections; the others then fail at what they next do together."""
+        status = read_status(self.path)
+        if isinstance(error, RuntimeError) and "RANK" in os.environ and status.get("state") == "failed":
+            return FailedElsewhere(status["message"], status["exit_code"])
+        return None
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run, whole or not at all."""
@@ -138,7 +144,7 @@ class Run:
         except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
-            raise UsageError(f"{file}: damaged; restore it, or run again with `adaptkit adapt --overwrite`")
+            raise damaged(file)
         return document
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -150,12 +156,17 @@ class Run:
     def rewind_log(self, step: int) -> None:
         """Drop the lines after `step`: they are written again by the resumed run."""
         file = self.path / "metrics.jsonl"
-        if _rank() == 0 and file.exists():
+        if _rank() == 0 and file.is_file():
             try:
                 kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f"{file}: damaged; remove it to go on without the log so far") from None
             self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+
+def damaged(file: Path) -> UsageError:
+    """What is said of a JSON file of a run that no run has written so."""
+    return UsageError(f"{file}: damaged; restore it, or run again with `adaptkit adapt --overwrite`")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -194,26 +205,12 @@ def machine_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UsageError(f"{path.name[:40]}...: the name is too long for this disk; choose another") from None
+        if error.errno == errno.EISDIR:
+            raise UsageError(f"{error.filename2 or error.filename}: is a folder, and a file is wanted there") from None
         if error.errno not in MACHINE_ERRNOS:
             raise
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --output"
         raise MachineError(f"{error.filename or path}: {error.strerror}; {advice}") from None
-
-
-def environment() -> dict[str, Any]:
-    """What `manifest.json` says about the software and the command."""
-    versions = {}
-    for name in DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "command": sys.argv,
-    }
 
 
 def _rank() -> int:
@@ -230,7 +227,7 @@ def _as_asked(recipe: Recipe) -> str:
 
 
 def _fresh_name(recipe: Recipe) -> Path:
-    words = [Path(recipe.data.path[0] if recipe.data.path else "run").name, Path(recipe.backbone or "backbone").name]
+    words = [short_name(recipe.data.path[0] if recipe.data.path else "run"), Path(recipe.backbone or "backbone").name]
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("._") or "run" for word in words)
     path, number = Path(os.path.abspath("runs")) / name, 1
     while path.exists():

@@ -101,7 +101,9 @@ class Judge:
 
     def measure_selected(self, backbone: Backbone) -> Measurement:
         """The report's "after", on images that chose nothing."""
-        if self._kept is not None and self._kept[0] == weights_digest(backbone):
+        is_kept = self._kept is not None and self._kept[0] == weights_digest(backbone)
+        (is_kept,) = broadcast_object_list([is_kept])  # a gallery is embedded by all processes or by none
+        if is_kept and self._kept is not None:
             gallery: Embeddings | None = self._kept[2]  # as it was when this backbone was considered
         else:
             gallery = self._gallery(backbone)

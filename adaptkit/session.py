@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
@@ -19,13 +20,18 @@ from adaptkit.collapse import Channel
 from adaptkit.distill import Branch, build_pair
 from adaptkit.errors import BackboneError, DataError, UsageError
 from adaptkit.meter import Meter
+from adaptkit.microbatch import check_memory_settings, checkpoint_blocks_
 from adaptkit.objectives import OBJECTIVES, Objective
 from adaptkit.optimizer import build_optimizer, place_state_
+from adaptkit.processes import on_main
 from adaptkit.recipe import Recipe
 from adaptkit.schedules import Plan
+from adaptkit.shortage import shortage
 from adaptkit.sources import FolderSource
+from adaptkit.tuning import plan_tuning, sentence, tune_
 from adaptkit.views import MultiCrop, photometric
 
+PATIENCE = timedelta(hours=2)  # of processes whose main one looks through millions of files; a dead one is found sooner
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -78,9 +84,13 @@ class TrainState:
     wait: float = 0.0
 
     @classmethod
-    def from_json(cls, state: dict[str, Any]) -> TrainState:
-        """What `asdict` gave."""
-        return cls(**(state | {"channel": Channel(**state["channel"])}))
+    def read(cls, file: Path, state: Mapping[str, Any]) -> tuple[TrainState, int]:
+        """It and the steps since the last line of the log, of a checkpoint's JSON. Raises `DataError`."""
+        try:
+            train = state["train"]
+            return cls(**(train | {"channel": Channel(**train["channel"])})), state["window_steps"]
+        except (KeyError, TypeError):
+            raise DataError(f"{file}: damaged checkpoint; start again with --overwrite") from None
 
 
 @dataclass
@@ -116,33 +126,41 @@ class Session:
         return self.photometric(pixels, factors, self.backbone.mean, self.backbone.std, self.multicrop.parts)
 
     def save(self, file: Path) -> None:
-        """Write a checkpoint that decides the rest of the run; only the main process writes."""
-        if self.accelerator.is_main_process:
-            tensors = pack_training(self.student, self.teacher, self.optimizer)
-            tensors |= {f"meter.{name}": value for name, value in self.meter.sums.items()}
+        """Write a checkpoint that decides the rest of the run; only the main process writes. Raises `MachineError`."""
+        sums = {f"{meter_prefix(i)}{k}": v for i, share in enumerate(self.meter.shares()) for k, v in share.items()}
+
+        def write() -> None:
+            tensors = pack_training(self.student, self.teacher, self.optimizer) | sums
             tensors |= {f"objective.{name}": value for name, value in self.objective.state.items()}
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None  # fp16 only
             state = {"train": asdict(self.state), "window_steps": self.meter.num_steps, "scaler": scaler}
-            save_tensors(file, tensors, state)
-        self.accelerator.wait_for_everyone()
+            save_tensors(file, tensors, state | {"recipe": self.recipe.model_dump(mode="json")})
+
+        on_main(write)
 
     def restore(self, file: Path) -> None:
         """Go back to what `save` wrote. Raises `DataError` if the file is damaged or of another network."""
         tensors, state = load_tensors(file)
-        try:
-            self.state, window_steps = TrainState.from_json(state["train"]), state["window_steps"]
-        except (KeyError, TypeError):
-            raise DataError(f"{file}: damaged checkpoint; start again with --overwrite") from None
+        self.state, window_steps = TrainState.read(file, state)
         self.optimizer.state.clear()
         unpack_training_(tensors, self.student, self.teacher, self.optimizer)
         place_state_(self.optimizer)
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if scaler := self.accelerator.scaler:
+            # a step that was cut off may have unscaled its gradients: `update` forgets that, but wants a scale
+            scaler.scale(torch.ones((), device=self.accelerator.device))
+            scaler.update(scaler.get_scale())
+            scaler.load_state_dict(state["scaler"])
         self.meter.restart()
         device = self.accelerator.device
-        self.meter.sums = {name: value.to(device) for name, value in with_prefix(tensors, "meter.").items()}
+        sums = with_prefix(tensors, meter_prefix(self.accelerator.process_index)) or with_prefix(tensors, "meter.")
+        self.meter.sums = {name: value.to(device) for name, value in sums.items()}
         self.meter.num_steps = window_steps
         self.objective.state = {name: value.to(device) for name, value in with_prefix(tensors, "objective.").items()}
+
+
+def meter_prefix(process: int) -> str:
+    """Of a process's sums in a checkpoint; resumed with more processes, those that have none take the first one's."""
+    return f"meter{process}." if process else "meter."
 
 
 def open_session(
@@ -163,7 +181,10 @@ def open_session(
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, plan)
     side = local_px(original, recipe.views.local_ratio)
     check_views(original, side, recipe.views.num_local)
-    pair = build_pair(student.module, original.clone().module, original.embed_dim, objective, recipe.seed)
+    check_memory_settings(recipe, student)
+    if recipe.grad_checkpointing:
+        checkpoint_blocks_(student.module)
+    pair = tuned_pair(original, student, objective, recipe, note)
     student_branch, teacher = (branch.to(accelerator.device) for branch in pair)
     for branch in pair:
         if accelerator.device.type == "cpu":
@@ -191,6 +212,18 @@ def open_session(
     )
 
 
+def tuned_pair(
+    original: Backbone, student: Backbone, objective: Objective, recipe: Recipe, note: Callable[[str], None]
+) -> tuple[Branch, Branch]:
+    """Student and teacher, in both of them the parameters that `recipe.tune` adds and freezes."""
+    tuning, teacher = plan_tuning(student, recipe), original.clone()
+    if recipe.tune != "full":
+        note(sentence(tuning, student.module, recipe))
+    for network in (student.module, teacher.module):
+        tune_(network, tuning, recipe.seed)
+    return build_pair(student.module, teacher.module, original.embed_dim, objective, recipe.seed)
+
+
 @torch.no_grad()
 def check_views(backbone: Backbone, side: int, num_local: int) -> None:
     """Refuse early if the backbone cannot take local crops. Raises `BackboneError`."""
@@ -199,9 +232,9 @@ def check_views(backbone: Backbone, side: int, num_local: int) -> None:
     training, device = backbone.module.training, next(backbone.module.parameters()).device
     try:
         backbone.module.eval()(torch.zeros(1, 3, side, side, device=device))
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, AssertionError, ValueError) as error:
+        if shortage(error):
+            raise
         reason = " ".join(str(error).split())[:120]
         advice = "use --set views.local_ratio=1, or --set views.num_local=0"
         raise BackboneError(f"{backbone.name}: cannot take {side} px local crops ({reason}); {advice}") from None
@@ -243,7 +276,10 @@ def open_accelerator(precision: str) -> Accelerator:
     if precision == "fp16" and not has_gpu:
         raise UsageError("precision fp16 needs a GPU; use --precision bf16 or fp32")
     # a warm-up leaves the backbone without gradients, which plain DDP does not expect
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)]
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=PATIENCE),
+    ]
     return Accelerator(mixed_precision=PRECISIONS[precision], kwargs_handlers=handlers)
 
 

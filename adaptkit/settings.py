@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import model_validator as pydantic_model_validator
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(%|epochs?|steps?|images?)")
+TUNE = re.compile(r"full|lora|last-([1-9]\d{0,3})-blocks")
 TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
 
 # Far beyond any use; a slip of the finger or a forged recipe must not hang or fill the memory.
@@ -21,7 +22,7 @@ MAX_EPOCHS = 1_000_000
 MAX_COUNT = 1_000_000  # images at once, outputs of a layer
 MAX_CROPS = 1_000  # of one kind, per image
 MAX_WORKERS = 1_024
-MAX_PX = 16_384
+MAX_PX = 4_096
 MAX_AMOUNT = 1_000_000_000_000  # of a duration, in its unit
 
 
@@ -48,6 +49,12 @@ def budget_seconds(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def _check_tune(text: str) -> str:
+    if TUNE.fullmatch(text) is None:
+        raise ValueError("write full, lora, or last-N-blocks with a number, as in last-4-blocks")
+    return text
+
+
 def none_from_text(value: object) -> object:
     return None if value in ("null", "none", "None", "~", "") else value
 
@@ -67,6 +74,8 @@ def _several(value: object) -> object:
 def path_from_text(value: object) -> object:
     return value if isinstance(value, Mapping | BaseModel) else {"path": value}
 
+
+Tune = Annotated[str, AfterValidator(_check_tune)]
 
 Duration = Annotated[str, AfterValidator(_check_duration)]
 """`never`, or a share of the run (`25%`), `epochs`, `steps` or `images`; `schedules.to_steps` converts."""
@@ -226,7 +235,9 @@ class DataSettings(Settings):
     """The images, which of them are held out, how deep pixels are read, and how many bad ones are accepted."""
 
     path: Annotated[tuple[str, ...], BeforeValidator(_several, json_schema_input_type=str | tuple[str, ...])] = Field(
-        (), description="folder of images, or a list of files (.txt, .csv); repeatable"
+        (),
+        description="folder of images, a list of files (.txt, .csv), tar shards ('shards/{000..099}.tar'), Parquet "
+        "files, or a URL (s3://bucket/images) of files or shards; repeatable",
     )
     split_by: Literal["file", "folder"] = Field("file", description="unit that is held out together")
     max_bad: Annotated[str, AfterValidator(_check_share)] = Field(

@@ -1,4 +1,7 @@
-"""SIGTERM, SIGINT and SIGHUP (a closed terminal): finish the step, save, leave. A second signal leaves at once."""
+"""SIGTERM, SIGINT, SIGHUP (a closed terminal) and SIGUSR1 (a time limit is near): finish the step, save, leave.
+
+A second signal leaves at once.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from types import FrameType, TracebackType
 
 from adaptkit.errors import Interrupted
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 AGAIN_SECONDS = 2.0  # a launcher and a scheduler may both pass on the same stop; a person's second try comes later
+STOP_SECONDS = 600.0  # a launcher waits this long for its processes, and they live so long without it
+PARENT_SECONDS = 1.0  # between two looks for the parent
 LAST_WORD_SECONDS = 2.0  # for `before_leaving`: a disk that hangs must not hold the process
 
 
@@ -22,6 +27,19 @@ def heeded_signals() -> list[int]:
     """`SIGNALS`, but not a SIGHUP that is ignored already: under `nohup` a run outlives its terminal."""
     hangup = getattr(signal, "SIGHUP", None)
     return [each for each in SIGNALS if each != hangup or signal.getsignal(each) != signal.SIG_IGN]
+
+
+def stop_without_parent() -> None:
+    """From now on a launcher that is killed stops this process too: as by SIGTERM, and for good 10 minutes later."""
+    threading.Thread(target=_watch, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_SECONDS)
+    os._exit(Interrupted.exit_code)
 
 
 class StopRequest:

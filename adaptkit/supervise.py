@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,17 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones import Backbone
-from adaptkit.checkpoints import LAST, load_tensors, save_tensors, with_prefix
-from adaptkit.collapse import MIN_VIEWS, RANK, LastOutput, effective_directions
+from adaptkit.checkpoints import LAST, PREVIOUS, candidate_file, load_tensors, save_tensors, with_prefix
+from adaptkit.collapse import MIN_VIEWS, RANK, LastInput, effective_directions
+from adaptkit.distill import Branch
 from adaptkit.errors import NotFinite
+from adaptkit.processes import on_main
+from adaptkit.recovery import drop_orphans
 from adaptkit.run import Run
 from adaptkit.select import Candidate, Judge, choose
 from adaptkit.session import Reporter, Session
 from adaptkit.signals import StopRequest
+from adaptkit.tuning import merged
 
 INTERRUPTED = "interrupted"
 REST = 2  # a fresh head's detectors rest for this many warm-ups
@@ -27,28 +32,40 @@ REST = 2  # a fresh head's detectors rest for this many warm-ups
 class Supervisor:
     """Called after every step; its answer ends the loop: `interrupted`, the reason of a collapse, or None."""
 
-    def __init__(self, session: Session, run: Run, judge: Judge, reporter: Reporter, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        session: Session,
+        run: Run,
+        judge: Judge,
+        reporter: Reporter,
+        stop: StopRequest,
+        share_failures: Callable[[], None] = lambda: None,
+    ) -> None:
         self.session, self.run, self.judge, self.reporter, self.stop = session, run, judge, reporter, stop
+        self.share_failures = share_failures
         self.last = run.path / LAST
         self.folder = self.last.parent
-        self.previous = self.folder / "previous.safetensors"  # while no line of the log has shown `last` to be sound
+        self.previous = run.path / PREVIOUS
         self.surplus: list[Path] = []  # candidates that `last` does not need
-        self.embeddings = LastOutput(session.teacher.backbone)
+        self.embeddings = LastInput(session.teacher.head)
 
     def __call__(self, step: int) -> str | None:
         reason = self._between_steps(step)
-        if reason not in (None, INTERRUPTED):
-            if self.session.accelerator.is_main_process:
-                self.run.log({"step": step, "kind": "collapse", "reason": reason})
-                with suppress(FileNotFoundError):
-                    os.replace(self.previous, self.last)
-                self.surplus = []
-            self.session.accelerator.wait_for_everyone()  # all go back to the same checkpoint
+        if reason is not None and reason != INTERRUPTED:
+            on_main(lambda: self._give_up(step, reason))  # all go back to the same checkpoint
         return reason
+
+    def _give_up(self, step: int, reason: str) -> None:
+        self.run.log({"step": step, "kind": "collapse", "reason": reason})
+        with suppress(FileNotFoundError):
+            os.replace(self.previous, self.last)
+        self.surplus = []
 
     def _between_steps(self, step: int) -> str | None:
         s, plan = self.session, self.session.plan
         log_due = step % s.recipe.log_every == 0 or step == plan.total_steps
+        if log_due or plan.is_checkpoint(step):
+            self.share_failures()
         if log_due and (problem := self._log(step)):
             return problem
         if plan.is_probe(step) and self._may_take_candidate(step):
@@ -89,21 +106,23 @@ class Supervisor:
         tensors = [*s.student.state_dict().values(), *s.teacher.state_dict().values()]
         return bool(torch.stack([t.isfinite().all() for t in tensors if t.is_floating_point()]).all())
 
+    def tidy(self) -> None:
+        """At the end of the run: what is no longer needed, or was never named by a checkpoint, goes."""
+        self.previous.unlink(missing_ok=True)
+        drop_orphans(self.folder, self.candidates())
+
     def candidates(self) -> list[Candidate]:
         """The candidates taken so far."""
         return [Candidate.from_json(state) for state in self.session.state.candidates]
 
-    def candidate_file(self, step: int) -> Path:
-        """Where the teacher of that step lies."""
-        return self.folder / f"candidate-{step:08d}.safetensors"
-
     def candidate_weights(self, step: int) -> dict[str, Tensor]:
         """The backbone of a candidate, as a state dict."""
-        return with_prefix(load_tensors(self.candidate_file(step))[0], "backbone.")
+        return with_prefix(load_tensors(candidate_file(self.folder, step))[0], "backbone.")
 
     def teacher_backbone(self) -> Backbone:
-        """The teacher as a backbone that can be probed and exported."""
-        return replace(self.session.backbone, module=self.session.teacher.backbone)
+        """The teacher as a backbone that can be probed and exported: LoRA leaves the training pair here, merged."""
+        original = self.session.backbone
+        return replace(original, module=merged(original.module, self.session.teacher.backbone))
 
     def _log(self, step: int) -> str | None:
         """One line of `metrics.jsonl`; the reason to act if the channel diverged or collapsed."""
@@ -115,8 +134,8 @@ class Supervisor:
         s.state.seconds += s.meter.total_seconds - seconds
         s.state.wait += s.meter.total_wait - wait
         s.state.last_record = record
+        on_main(lambda: self.run.log({"step": step, "kind": "train"} | record))
         if s.accelerator.is_main_process:
-            self.run.log({"step": step, "kind": "train"} | record)
             self.reporter.training(step, s.plan.total_steps, record)
         resting = self._is_resting(step) or step < s.plan.lr_warmup
         reason = s.state.channel.update(record, s.objective.health(record), resting)
@@ -127,12 +146,11 @@ class Supervisor:
         return reason
 
     def _rank(self) -> dict[str, float]:
-        """Effective directions of the teacher's embeddings of the last batch, the mean over processes."""
-        embeddings = self.embeddings.output
-        if embeddings is None or len(embeddings) < MIN_VIEWS:
+        """Effective directions of the teacher's embeddings of the last batch, that of all processes."""
+        if self.embeddings.rows is None:
             return {}
-        mean = self.session.accelerator.reduce(effective_directions(embeddings), reduction="mean")
-        return {RANK: float(mean)}
+        embeddings = self.session.accelerator.gather(self.embeddings.rows)
+        return {RANK: float(effective_directions(embeddings))} if len(embeddings) >= MIN_VIEWS else {}
 
     def _is_resting(self, step: int) -> bool:
         return step < self.session.state.last_draw + REST * self.session.plan.head_warmup
@@ -146,15 +164,21 @@ class Supervisor:
     def _take_candidate(self, step: int) -> None:
         started = time.perf_counter()
         s = self.session
-        candidate = self.judge.consider(self.teacher_backbone(), step, alpha=1.0)
+        adapted = self.teacher_backbone()
+        candidate = self.judge.consider(adapted, step, alpha=1.0)
         s.state.candidates.append(candidate.to_json())
+        on_main(lambda: self._keep(candidate, adapted))
         if s.accelerator.is_main_process:
-            save_tensors(self.candidate_file(step), s.teacher.state_dict(), {"step": step})
             before = self.judge.original_selection.scores[self.judge.metric].value
-            self.run.log({"step": step, "kind": "evaluation", "metric": self.judge.metric, **candidate.to_json()})
             delta = candidate.delta
             self.reporter.evaluation(step, self.judge.metric, before, candidate.value, delta.lo, delta.hi)
         s.meter.exclude(time.perf_counter() - started)
+
+    def _keep(self, candidate: Candidate, adapted: Backbone) -> None:
+        weights = Branch(adapted.module, self.session.teacher.head).state_dict()
+        save_tensors(candidate_file(self.folder, candidate.step), weights, {"step": candidate.step})
+        line = {"step": candidate.step, "kind": "evaluation", "metric": self.judge.metric}
+        self.run.log(line | candidate.to_json())
 
     def _prune(self) -> None:
         """Keep the files of the best candidates. After the save: an older checkpoint never names a missing file."""
@@ -167,7 +191,7 @@ class Supervisor:
         candidates = self.candidates()
         ranked = sorted(candidates, key=lambda c: c.value, reverse=True)
         chosen = choose(candidates)  # need not be among the highest values: theirs may be in doubt
-        return [self.candidate_file(c.step) for c in ranked[self.session.recipe.select.keep :] if c != chosen]
+        return [candidate_file(self.folder, c.step) for c in ranked[self.session.recipe.select.keep :] if c != chosen]
 
     def _must_stop(self, may_ask_others: bool) -> bool:
         """A signal to any process stops all; they agree at lines of the log, where they synchronise anyway."""

@@ -7,36 +7,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from adaptkit.backbones import Backbone, module_name
 from adaptkit.caching import drop_cache, open_cached, settle_cache
 from adaptkit.collapse import LR_CUT, MAX_REDRAWS
 from adaptkit.embedding import Embedder
-from adaptkit.errors import AdaptkitError, Collapsed, DeviceMemoryError, GainNotMet, Interrupted, MachineError
+from adaptkit.endings import exit_code, record_leaving, recorded_ending
+from adaptkit.errors import Collapsed, GainNotMet, Interrupted
 from adaptkit.estimate import TIMED_STEPS, TRIED_STEPS, Passes, StepCost, fit_budget, time_steps
 from adaptkit.export import export_backbone, export_head
-from adaptkit.inputs import open_inputs
 from adaptkit.loop import train_steps
 from adaptkit.manifest import write_manifest
+from adaptkit.memory import train_in_memory
 from adaptkit.outcome import Outcome, compose_report, conclude
-from adaptkit.prepare import load_original, loader_workers, resolve
+from adaptkit.page import write_reports
+from adaptkit.pictures import save_pictures
+from adaptkit.prepare import load_original, loader_workers, open_bad_images, open_run_inputs, resolve
+from adaptkit.processes import Noticed, everywhere, in_any, main_first, on_main
 from adaptkit.recipe import load_recipe, overrides_of
-from adaptkit.report.markdown import render_markdown
+from adaptkit.recovery import recover
 from adaptkit.requirement import check_wishes
-from adaptkit.run import INDEX, Run
+from adaptkit.run import Run
 from adaptkit.schedules import Plan
 from adaptkit.select import Judge
 from adaptkit.session import Reporter, Session, Silent, open_accelerator, open_session
 from adaptkit.signals import StopRequest
-from adaptkit.sources import BadImages, save_index
 from adaptkit.supervise import INTERRUPTED, Supervisor
 
 
@@ -87,56 +88,15 @@ def resume(
 
 def run_adaptation(run: Run, reporter: Reporter, given: nn.Module | Backbone | None = None) -> AdaptResult:
     """Do the run, or what is left of it, and keep `status.json` true whatever happens."""
-    try:
-        with StopRequest(partial(_record_leaving, run)) as stop:
-            result = _adapt(run, reporter, stop, given)
-            code = _exit_code(result.report)
-            run.status("done", code, result.report["message"])
-    except Interrupted as error:
-        _record(run, "interrupted", error)
-        raise
-    except torch.OutOfMemoryError as error:
-        advice = f"out of GPU memory; lower --batch-size {run.recipe.batch_size}, views.num_local or image_px"
-        _record(run, "failed", DeviceMemoryError(advice))
-        raise DeviceMemoryError(advice) from error
-    except Exception as error:
-        error = _short_of_memory(error) or error
-        _record(run, "failed", error)
-        raise error
+    with recorded_ending(run), StopRequest(partial(record_leaving, run)) as stop:
+        result = _adapt(run, reporter, stop, given)
+        code = exit_code(result.report)
+        run.status("done", code, result.report["message"])
     if code == Collapsed.exit_code:
         raise Collapsed(result.report["message"])
     if code == GainNotMet.exit_code:
         raise GainNotMet(result.report["message"])
     return result
-
-
-def _short_of_memory(error: Exception) -> MachineError | None:
-    """Of the main process, or of a loader process, which the system may have killed for it."""
-    if isinstance(error, MemoryError):
-        return MachineError("the machine ran out of memory; lower --workers or --batch-size")
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return MachineError("a loader process was killed, perhaps for want of memory; lower --workers or --batch-size")
-    return None
-
-
-def _record(run: Run, state: str, error: Exception) -> None:
-    """A disk too full for the record must not hide what it is about."""
-    with suppress(MachineError):
-        run.status(state, error.exit_code if isinstance(error, AdaptkitError) else 1, str(error))
-
-
-def _record_leaving(run: Run) -> None:
-    """A second signal ends the process at once; what another process or the end of the run wrote stays."""
-    if (run.read_json("status.json") or {}).get("state") == "running":
-        message = f"left at once at a second signal; go on with: adaptkit resume {run.path}"
-        run.status("interrupted", Interrupted.exit_code, message)
-
-
-def _exit_code(report: dict[str, Any]) -> int:
-    if report["verdict"] == "collapsed":
-        return Collapsed.exit_code  # wins over a gain that was not met
-    asked = report["require_gain"]
-    return GainNotMet.exit_code if asked and not asked["met"] else 0
 
 
 def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | Backbone | None) -> AdaptResult:
@@ -149,24 +109,24 @@ def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | B
 
     phase("load", "loading the backbone")
     accelerator = open_accelerator(run.recipe.precision)
-    original = load_original(run.recipe, given)
+    original = everywhere(lambda: load_original(run.recipe, given))
     student = load_original(run.recipe, given, run.recipe.drop_path)
     if original.load_report is not None:
         reporter.load_report(original.load_report)
 
     phase("scan", "reading the images")
-    inputs = open_inputs(run.recipe, run.path / INDEX)
+    on_main(lambda: recover(run, reporter))
+    inputs = open_run_inputs(run, original)
     run, plan = resolve(run, original, inputs, accelerator, reporter)
-    bad = BadImages(run.path / "bad_images.jsonl", len(inputs.everything), run.recipe.data.max_bad)
-    write_manifest(run, original, inputs, accelerator, reporter)
-    if accelerator.is_main_process:
-        save_index(run.path / INDEX, inputs.everything)
+    bad = open_bad_images(run, len(inputs.everything))
+    noticed = Noticed(bad)
+    on_main(lambda: write_manifest(run, original, inputs, accelerator, reporter))
 
     phase("probe_before", "probing the original backbone")
     workers = loader_workers(run.recipe.workers, accelerator.device)
-    embedder = Embedder(run.recipe.probe.batch_size, workers, device=accelerator.device)
+    embedder = Embedder(run.recipe.probe.batch_size, workers, device=accelerator.device, shared=True)
     original.module.to(accelerator.device)
-    judge = Judge(inputs, run.recipe, embedder, bad.add_all)
+    judge = Judge(inputs, run.recipe, embedder, noticed.count)
     judge.measure_original(original)
     cost: StepCost | None = None
     if run.recipe.budget is not None:
@@ -174,43 +134,50 @@ def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | B
         cost = time_steps(accelerator, run.recipe, inputs, original, workers)
         per_image = timings["probe_before"] / (passes := Passes.count(inputs, run.recipe)).before
         plan = fit_budget(plan, len(inputs.train), passes, cost, per_image, time.perf_counter() - started)
-        run = _keep_steps(run, plan, cost, accelerator.is_main_process)
+        run = _keep_steps(run, plan, cost)
 
     def step_cost() -> StepCost:
         phase("cache", "timing decoding and training, to see whether keeping images decoded small pays")
         return cost or time_steps(accelerator, run.recipe, inputs, original, workers, TRIED_STEPS)
 
     run, plan = settle_cache(run, plan, inputs.train, accelerator, workers, step_cost, reporter)
-    images = open_cached(run, inputs.train, accelerator, reporter)
+    images = main_first(lambda: open_cached(run, inputs.train, accelerator, reporter))
 
     phase("train", f"adapting: {plan.total_steps} steps of {plan.batch_size} images")
-    session = open_session(accelerator, plan, images, original, student, workers, bad.add_all, reporter.note)
-    supervisor = Supervisor(session, run, judge, reporter, stop)
+    session = open_session(accelerator, plan, images, original, student, workers, noticed, reporter.note)
+    supervisor = Supervisor(session, run, judge, reporter, stop, noticed.share)
     if supervisor.last.is_file():
-        session.restore(supervisor.last)
-        run.rewind_log(session.state.step)
+        everywhere(lambda: session.restore(supervisor.last))
+        on_main(lambda: run.rewind_log(session.state.step))
     collapse = train(session, supervisor, reporter)
+    run = supervisor.run  # its recipe says how many images at once fitted into the memory
 
     phase("select", "selecting, and probing the selected backbone")
     outcome = conclude(original, supervisor, judge, collapse)
     phase("export", "exporting, reloading, comparing")
-    hand_over(run, session, outcome, embedder)
-    phase("report", "writing the report")
-    report = compose_report(run, session, inputs, judge, outcome, requirement, len(bad.paths), timings)
+    head = hand_over(run, session, outcome, embedder)
+    phase("pictures", "taking pictures for the report")
     if accelerator.is_main_process:
-        run.write("report.md", render_markdown(report))
-        run.write_json("report.json", report)  # last: its presence means finished
+        save_pictures(run, session, judge, outcome, head, reporter.note)
+    phase("report", "writing the report")
+    noticed.share()  # what the refitted head met
+    report = compose_report(run, session, inputs, judge, outcome, requirement, len(bad.paths), timings)
+    on_main(lambda: write_reports(run, report, reporter.note))
+    if accelerator.is_main_process:
         drop_cache(run)  # can be made again
-        supervisor.previous.unlink(missing_ok=True)
+        supervisor.tidy()
     return AdaptResult(run.path, run.path / "backbone", report["verdict"], report)
 
 
-def _keep_steps(run: Run, plan: Plan, cost: StepCost, is_main_process: bool) -> Run:
+def _keep_steps(run: Run, plan: Plan, cost: StepCost) -> Run:
     """The number of steps a budget came to is kept in the recipe before the first one: a resumed run does the same."""
-    if is_main_process:
-        asked = {"budget": run.recipe.budget, "steps": plan.total_steps, "step_seconds": cost.seconds}
+    asked = {"budget": run.recipe.budget, "steps": plan.total_steps, "step_seconds": cost.seconds}
+
+    def write() -> None:
         run.log({"step": 0, "kind": "budget"} | asked)
         run.replace_recipe(plan.recipe)
+
+    on_main(write)
     return Run(run.path, plan.recipe)
 
 
@@ -220,11 +187,12 @@ def _phases(path: Path, reporter: Reporter, timings: dict[str, float], stop: Sto
 
     def phase(name: str, title: str) -> None:
         nonlocal started, current
-        now = time.perf_counter()
-        if current:
+        now, is_later = time.perf_counter(), bool(current)
+        if is_later:
             timings[current] = round(now - started, 3)
         started, current = now, name
-        if stop.received:
+        # a signal to any process stops all; in the first phase they do not know each other yet
+        if in_any(stop.received) if is_later else stop.received:
             raise Interrupted(f"stopped between two phases; go on with: adaptkit resume {path}")
         reporter.phase(title)
 
@@ -236,9 +204,16 @@ def train(s: Session, supervisor: Supervisor, reporter: Reporter) -> str | None:
 
     Returns the reason if it collapsed for good, else None. Raises `Interrupted` after a signal, state saved.
     """
+
+    def go_back() -> None:
+        """The memory was too small for the recipe; what fits is kept, also for a run that is resumed."""
+        s.restore(supervisor.last)
+        supervisor.run = supervisor.run.replace_recipe(s.recipe)
+        supervisor.run.rewind_log(s.state.step)
+
     if s.state.step == 0:
         supervisor.save()
-    while (reason := train_steps(s, supervisor)) is not None:
+    while (reason := train_in_memory(s, supervisor, go_back)) is not None:
         if reason == INTERRUPTED:
             raise Interrupted(f"stopped at step {s.state.step}; go on with: adaptkit resume {supervisor.run.path}")
         redraws = s.state.channel.redraws + 1
@@ -254,19 +229,25 @@ def train(s: Session, supervisor: Supervisor, reporter: Reporter) -> str | None:
 
 def refit_head(s: Session, backbone: Backbone) -> nn.Module:
     """A head for the codes of a backbone that is not the last teacher: drawn anew and trained on it, frozen."""
-    frozen_for = {"head": s.recipe.head.model_copy(update={"warmup": "100%", "reset_every": "never"})}
+    frozen_for = {"head": s.recipe.head.model_copy(update={"warmup": "100%", "reset_every": "never"}), "tune": "full"}
     plan = Plan.make(s.recipe.model_copy(update={"steps": s.plan.refit_steps, **frozen_for}), len(s.source))
     refit = open_session(s.accelerator, plan, s.source, backbone, backbone.clone(), s.workers, s.on_failures)
     train_steps(refit, lambda step: None)
     return refit.teacher.head
 
 
-def hand_over(run: Run, s: Session, outcome: Outcome, embedder: Embedder) -> None:
-    """Write `backbone/` and `head.safetensors`; the export is reloaded and compared before anything is said."""
+def hand_over(run: Run, s: Session, outcome: Outcome, embedder: Embedder) -> nn.Module:
+    """Write `backbone/` and `head.safetensors`; the export is reloaded and compared before anything is said.
+
+    Returns the head.
+    """
     chosen = outcome.selected
     is_last_teacher = chosen is not None and (chosen.step, chosen.alpha) == (s.state.step, 1.0)
     head = s.teacher.head if is_last_teacher else refit_head(s, outcome.backbone)
-    if s.accelerator.is_main_process:
-        export_backbone(outcome.backbone, run.path / "backbone", s.source, embedder)
+
+    def export() -> None:
+        export_backbone(outcome.backbone, run.path / "backbone", s.source, replace(embedder, shared=False))
         export_head(head, run.path / "head.safetensors", s.backbone.embed_dim, s.recipe.objective.name)
-    s.accelerator.wait_for_everyone()
+
+    on_main(export)
+    return head

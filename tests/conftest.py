@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with more, every `adapt` would start processes
 torch.set_num_threads(1)  # default threads made the same small steps 10-40 times slower
 
 

@@ -26,6 +26,8 @@ from adaptkit.run import Run
 from adaptkit.session import Silent
 from adaptkit.train import run_adaptation
 
+pytestmark = pytest.mark.long
+
 # --- settings
 
 

@@ -116,6 +116,7 @@ def test_timing_changes_nothing(vit: Path, images: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in backbone.module.state_dict().items())
 
 
+@pytest.mark.long
 def test_a_budget_becomes_steps_that_the_recipe_keeps(vit: Path, images: Path, tmp_path: Path) -> None:
     """Interrupted and resumed, and repeated from its recipe, a budgeted run ends with the same bits."""
     settings = {"budget": "10m", "steps": 8, "log_every": 2}
@@ -144,6 +145,7 @@ def test_a_short_budget_shortens_the_run(
     assert read(tmp_path / "run", "report.json")["recipe"]["steps"] == budget.report["training"]["steps"]
 
 
+@pytest.mark.long
 def test_dry_run_resolves_and_writes_nothing(vit: Path, images: Path, labelled: Path, tmp_path: Path) -> None:
     args = ["adapt", "--backbone", vit, "--data", images, "--labels", labelled, "--dry-run", "--output", tmp_path / "r"]
     done = command(*args, *flags({"steps": 40}))

@@ -367,6 +367,7 @@ class KillAt(Recorder):
             raise Killed
 
 
+@pytest.mark.long
 def test_a_run_with_a_cache_ends_the_same_after_a_kill_and_leaves_none(
     vit: Path, photos: Path, tmp_path: Path, opened: list[str]
 ) -> None:
@@ -413,6 +414,7 @@ def test_a_foreign_folder_is_refused_before_anything_is_probed(
     assert not [phase for phase in recorder.phases if "probing" in phase]
 
 
+@pytest.mark.long
 def test_waiting_for_images_does_not_count_as_training(
     vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def drive(*words: str, timeout: float) -> None:
     assert all(count for result in results for count in result["done"].values())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the driver forks and looks into /proc")
 def test_three_kills_one_burst_and_damaged_images() -> None:
     drive("--scenario", "kill,bursts,images", "--kills", "3", "--rounds", "1", "--workers", "0", timeout=300)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from adaptkit.checkpoints import load_tensors, pack_training, save_tensors, unpack_training_, with_prefix
-from adaptkit.errors import DataError
+from adaptkit.checkpoints import (
+    BLOCK,
+    load_state,
+    load_tensors,
+    pack_training,
+    save_tensors,
+    unpack_training_,
+    with_prefix,
+)
+from adaptkit.errors import DataError, MachineError
+from adaptkit.recipe import Recipe
 
 
 def network(seed: int) -> nn.Module:
@@ -97,6 +109,92 @@ def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
         load_tensors(file)
 
 
+MASKS = (1, 0x80, 0xFF)
+
+
+def flipped(file: Path, at: int, mask: int) -> None:
+    with open(file, "rb+") as stream:
+        stream.seek(at)
+        byte = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([byte ^ mask]))
+
+
+def test_one_changed_byte_anywhere_is_seen(tmp_path: Path) -> None:
+    """In the data of small tensors and of such that the digest takes sums of, in names, shapes, types and state."""
+    file = tmp_path / "last.safetensors"
+    tensors = {
+        "large": torch.randn(3, 1111),  # three blocks and a rest
+        "block": torch.zeros(512, dtype=torch.int64),
+        "bfloat": torch.randn(2100).bfloat16(),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "flag": torch.tensor(True),
+        "nothing": torch.empty(0, 4),
+        "number": torch.tensor(3.0, dtype=torch.float64),
+    }
+    state = {"train": {"step": 12, "loss": 0.25}, "scaler": None}
+    save_tensors(file, tensors, state)
+    size, header = file.stat().st_size, int.from_bytes(file.read_bytes()[:8], "little") + 8
+    offsets = sorted({*range(header), *range(header, size, 37), *range(size - 64, size)})
+    for number, at in enumerate(offsets):
+        mask = MASKS[number % len(MASKS)]
+        flipped(file, at, mask)
+        with pytest.raises(DataError, match="damaged checkpoint"):
+            load_tensors(file)
+        if at % 10 == 0:
+            with pytest.raises(DataError, match="damaged checkpoint"):
+                load_state(file)
+        flipped(file, at, mask)
+    assert load_tensors(file)[1] == load_state(file) == state
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    """The one before would take its place."""
+    file = tmp_path / "last.safetensors"
+    save_tensors(file, {"a": torch.ones(3)}, {})
+    file.chmod(0)
+    me = os.geteuid()
+    if me == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(MachineError, match=r"cannot be read .*; check the permissions"):
+            load_tensors(file)
+    finally:
+        os.seteuid(me)
+
+
+def test_blocks_that_changed_places_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "last.safetensors"
+    save_tensors(file, {"a": torch.randn(4, BLOCK // 4)}, {})
+    content = file.read_bytes()
+    start = len(content) - 4 * BLOCK
+    one, two = content[start : start + BLOCK], content[start + BLOCK : start + 2 * BLOCK]
+    file.write_bytes(content[:start] + two + one + content[start + 2 * BLOCK :])
+    with pytest.raises(DataError, match="its bytes are not those that were written"):
+        load_tensors(file)
+
+
+def test_a_checkpoint_from_before_there_were_digests_is_read(tmp_path: Path) -> None:
+    tensor = torch.randn(3000)
+    save_file({"a": tensor}, tmp_path / "old", metadata={"adaptkit": '{"step": 3}'})
+    tensors, state = load_tensors(tmp_path / "old")
+    assert torch.equal(tensors["a"], tensor)
+    assert state == load_state(tmp_path / "old") == {"step": 3}
+
+
+def test_a_digest_does_not_depend_on_order_or_on_what_shares_memory(tmp_path: Path) -> None:
+    both, views = torch.randn(2, 700), torch.randn(2, 700)
+    views.copy_(both)
+    save_tensors(tmp_path / "one", {"a": both[0], "b": both[1], "c": both}, {"x": 1})
+    save_tensors(tmp_path / "two", {"c": views, "b": views[1].clone(), "a": views[0].clone()}, {"x": 1})
+    digests = []
+    for name in ("one", "two"):
+        with safe_open(tmp_path / name, framework="pt") as file:
+            digests.append(file.metadata()["digest"])
+    assert digests[0] == digests[1]
+    assert torch.equal(load_tensors(tmp_path / "one")[0]["b"], both[1])
+
+
 def test_a_session_gives_back_meter_and_state(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
@@ -116,6 +214,7 @@ def test_a_session_gives_back_meter_and_state(tmp_path: Path) -> None:
             "teacher": copy.deepcopy(student),
             "meter": meter,
             "objective": meter.objective,
+            "plan": SimpleNamespace(recipe=Recipe()),
         }
         return Session(**parts | {"optimizer": adamw(student), "state": TrainState()})  # type: ignore[arg-type]
 

@@ -24,7 +24,10 @@ from adaptkit import errors
 from adaptkit.cli import main
 from adaptkit.cli.command_adapt import adapt_command
 from adaptkit.cli.command_demo import demo_command
+from adaptkit.cli.command_embed import embed_command
+from adaptkit.cli.command_export import export_command
 from adaptkit.cli.command_probe import probe_command
+from adaptkit.cli.command_report import report_command
 from adaptkit.cli.command_resume import resume_command
 from adaptkit.cli.console import RichReporter, clock
 from adaptkit.cli.failure import heed_signals
@@ -113,14 +116,19 @@ ADAPT = ("adapt", "--backbone", "nano", "--data", "images", "--output", "out")
 def test_commands_and_options_are_those_of_the_contract() -> None:
     expected = {
         adapt_command: "backbone data output labels recipe set epochs steps budget batch-size lr workers select "
-        "require-gain max-bad cache compile weights no-pretrained allow-missing readout seed precision overwrite "
+        "require-gain max-bad cache compile gpus weights no-pretrained allow-missing readout seed precision overwrite "
         "dry-run json quiet",
         probe_command: "backbone data queries metric weights no-pretrained allow-missing readout seed precision "
         "batch-size workers scale json quiet",
-        resume_command: "json quiet",
-        demo_command: "output overwrite weights no-pretrained seed precision json quiet",
+        resume_command: "gpus json quiet",
+        embed_command: "backbone data output codes overwrite weights no-pretrained allow-missing readout seed "
+        "precision batch-size workers scale json quiet",
+        export_command: "format output overwrite push-to-hub public json quiet",
+        report_command: "schema json quiet",
+        demo_command: "output overwrite gpus weights no-pretrained seed precision json quiet",
     }
-    assert set(main.commands) == {"adapt", "backbones", "check", "demo", "probe", "recipes", "report", "resume"}
+    names = {"adapt", "backbones", "check", "demo", "embed", "export", "probe", "recipes", "report", "resume"}
+    assert set(main.commands) == names
     for command in main.commands.values():
         assert {"--json", "--quiet"} <= {name for o in command.params for name in o.opts}
     for command, names in expected.items():
@@ -178,7 +186,7 @@ def test_a_run_repeats_from_its_recipe(invoke: Callable[..., Result], train: Any
     ("args", "words"),
     [
         (("adpt",), "did you mean 'adapt'"),
-        (("zzz",), "commands: adapt, backbones, check, demo, probe, recipes"),
+        (("zzz",), "commands: adapt, backbones, check, demo, embed, export, probe, recipes"),
         ((*ADAPT, "--bacth-size", "3"), "--batch-size"),
         ((*ADAPT, "--steps", "many"), "many"),
         ((*ADAPT, "--lr", "1e-4", "--set", "optim.lr=1e-4"), "given twice"),
@@ -382,6 +390,7 @@ def test_other_processes_are_silent_but_not_when_they_fail_alone(
 ) -> None:
     train(lambda run, reporter: reporter.note("hello") or make_report())
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("adaptkit.cli.failure.HEAD_START_SECONDS", 0.0)
     assert invoke(*ADAPT, "--json").output == ""
     assert invoke("adapt", "--backbone", "nano").output == ""
 
@@ -392,7 +401,7 @@ def test_other_processes_are_silent_but_not_when_they_fail_alone(
     train(fail)
     result = invoke(*ADAPT, "--json")
     assert result.stdout == ""
-    assert result.stderr.startswith("[process 1] error: the GPU has too little memory")
+    assert result.stderr.startswith("[process 1] error: out of GPU memory")
     assert status()["exit_code"] == 7
 
 

@@ -138,6 +138,7 @@ def run_process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_give_the_value_and_gradient_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_process, args=(str(tmp_path),), nprocs=NUM_PROCESSES)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(NUM_PROCESSES)]

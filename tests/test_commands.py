@@ -174,13 +174,15 @@ def test_no_match_is_a_backbone_error(invoke: Callable[..., Result]) -> None:
 
 
 def test_a_report_is_built_anew(invoke: Callable[..., Result], finished: Path) -> None:
-    written = (finished / "report.md").read_text(encoding="utf-8")
-    (finished / "report.md").write_text("spoilt", encoding="utf-8")
-    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.name != "report.md"}
+    built = ("report.html", "report.md")
+    written = [(finished / name).read_text(encoding="utf-8") for name in built]
+    for name in built:
+        (finished / name).write_text("spoilt", encoding="utf-8")
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.name not in built}
     result = invoke("report", finished)
-    assert (result.exit_code, result.stdout) == (0, f"report    {finished / 'report.md'}\n")
-    assert (finished / "report.md").read_text(encoding="utf-8") == written
-    assert before == {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.name != "report.md"}
+    assert (result.exit_code, result.stdout) == (0, "".join(f"report    {finished / name}\n" for name in built))
+    assert [(finished / name).read_text(encoding="utf-8") for name in built] == written
+    assert before == {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.name not in built}
     assert invoke("report", finished, "--quiet").stdout == result.stdout
 
 

@@ -40,7 +40,7 @@ def test_demo_is_adapt_with_the_recipe_quick(tmp_path: Path, monkeypatch: pytest
     """Both write the same recipe and hand over to the same function."""
     recipes: list[str] = []
 
-    def execute(run: Any, as_json: bool, quiet: bool) -> None:
+    def execute(run: Any, as_json: bool, quiet: bool, gpus: int | None) -> None:
         recipes.append((run.path / "recipe.yaml").read_text())
 
     monkeypatch.setattr("adaptkit.cli.command_adapt.execute", execute)

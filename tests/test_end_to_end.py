@@ -34,7 +34,7 @@ REPORT_KEYS = {
 }  # fmt: skip
 TOP = [
     "backbone", "bad_images.jsonl", "checkpoints", "head.safetensors", "images.index", "manifest.json", "metrics.jsonl",
-    "recipe.yaml", "report.json", "report.md", "status.json",
+    "pictures.json", "recipe.yaml", "report.html", "report.json", "report.md", "status.json",
 ]  # fmt: skip
 LABEL_FREE_METRICS = {"rankme", "d_eff", "r_eff", "view_retrieval_top1", "neighbour_overlap", "selection_score"}
 LABEL_METRICS = {"knn_top1", "linear_top1", "retrieval_map"}
@@ -479,6 +479,7 @@ def test_the_recipe_of_a_run_reproduces_it_bit_for_bit(plain: adaptkit.AdaptResu
     assert_same_run(plain.run, tmp_path / "again")
 
 
+@pytest.mark.long
 def test_workers_change_nothing(plain: adaptkit.AdaptResult, vit: Path, images: Path, tmp_path: Path) -> None:
     assert_same_run(plain.run, adapt(vit, images, tmp_path / "workers", workers=2).run)
 
@@ -497,6 +498,7 @@ def test_what_was_run_before_in_the_process_changes_nothing(
     assert_same_run(plain.run, adapt(vit, images, tmp_path / "again").run)
 
 
+@pytest.mark.long
 def test_the_command_line_and_python_do_the_same(
     vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import write_folder
-from tiny_runs import ROOT, environment, flags, read
+from tiny_runs import ROOT, adapt, environment, flags, read
 
 from adaptkit import schedules
 from adaptkit.backbones import load_backbone
+from adaptkit.vectors import embed_files
 
 EXAMPLES = ROOT / "examples"
 STAND_IN = """#!/usr/bin/env bash
@@ -48,6 +51,46 @@ def gate(folder: Path, adaptkit: str, *arguments: object, **variables: str) -> s
     return subprocess.run(words, env=variables, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+def brute_force_recall(vectors: np.ndarray, codes: np.ndarray, queries: range, nearest: int) -> float:
+    """Share of the nearest by cosine that are among the nearest by Hamming distance, in two plain loops.
+
+    Ties at the last place make it a range; faiss takes the lower index first.
+    """
+    shares = []
+    for query in queries:
+        cosine = [float(vectors[query] @ other / np.linalg.norm(other)) for other in vectors]
+        hamming = [int(np.unpackbits(codes[query] ^ other).sum()) for other in codes]
+        rest = [index for index in range(len(vectors)) if index != query]
+        near = sorted(rest, key=lambda index: -cosine[index])[:nearest]
+        by_code = sorted(rest, key=lambda index: hamming[index])[:nearest]
+        shares.append(len({*near} & {*by_code}) / nearest)
+    return 100 * float(np.mean(shares))
+
+
+@pytest.mark.long
+def test_image_search(
+    vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = adapt(vit, images, tmp_path / "run", steps=2, objective__num_bits=64).run
+    embed_files(str(run), images, tmp_path / "images.parquet", codes=True)
+    example("image_search.py", tmp_path / "images.parquet", monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "120 images, 3 queries, the nearest 10"
+    table = pyarrow.parquet.read_table(tmp_path / "images.parquet")
+    vectors = np.array(table["vector"].to_pylist())
+    codes = np.stack([np.frombuffer(code, np.uint8) for code in table["code"].to_pylist()])
+    sizes, recalls = zip(
+        *[re.findall(r"(\d+) bytes an image, recall +([\d.]+) %", line)[0] for line in lines[1:]], strict=True
+    )
+    assert [int(size) for size in sizes] == [4 * vectors.shape[1], 8, 8]
+    assert float(recalls[0]) == 100
+    expected = brute_force_recall(vectors, codes, range(0, 120, 50), 10)
+    assert float(recalls[1]) == pytest.approx(expected, abs=7)  # two ties of thirty neighbours
+    assert float(recalls[2]) >= float(recalls[1])
+    assert all("of its class" in line for line in lines[1:])
+
+
+@pytest.mark.long
 def test_adapt_from_python_and_load_in_timm(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +136,7 @@ def gated(
         return dict(zip(gains, threads.map(start, gains), strict=True))
 
 
+@pytest.mark.long
 def test_the_gate_promotes_what_reached_the_gain(gated: Any) -> None:
     folder, done = gated["knn_top1>=-100"]
     assert done.returncode == 0, done.stderr
@@ -144,7 +188,7 @@ def test_the_gate_says_how_it_is_used(tmp_path: Path) -> None:
 
 
 def test_every_example_is_in_the_list() -> None:
-    files = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
+    files = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*") if path.is_file()} - {"README.md"}
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\((\S+)\)", text)) == files
     for name in files:

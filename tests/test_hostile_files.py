@@ -144,9 +144,9 @@ def test_a_limit_beyond_all_numbers_accepts_everything(max_bad: str) -> None:
 
 
 NO_IMAGES: dict[str, tuple[bytes, str]] = {
-    "mine.tar": (b"../ran" + bytes(994), "is neither a folder nor a list"),
+    "mine.tar": (b"../ran" + bytes(994), "is not a tar file"),
     "mine.zip": (b"PK\3\4", "is neither a folder nor a list"),
-    "mine.parquet": (b"PAR1", "is neither a folder nor a list"),
+    "mine.parquet": (b"PAR1", "cannot be read as a Parquet file"),
     "mine.jpg": (b"\xff\xd8\xff", "is neither a folder nor a list"),
     "mine.txt": (b"\0../mine.tar\n", "is not UTF-8 text"),
     "mine.csv": (b"path\n../../../nowhere.tar\n", "line 2: no such file"),
@@ -361,6 +361,7 @@ BAD_WEIGHTS: dict[str, tuple[str, bytes, str]] = {
         zipped({"a/data.pkl": bytes(100_000_000), "a/version": b"3\n"}, zipfile.ZIP_DEFLATED),
         "its content is compressed",
     ),
+    "a byte order of NULs": ("pth", rezipped(extra=(("archive/byteorder", bytes(200)),)), CANNOT),
     "a zip of nothing": ("pth", zipped({}), CANNOT),
     "only the start of a zip": ("pth", b"PK\3\4", CANNOT),
     "a tar with ../ members": ("tar", tar(), CANNOT),

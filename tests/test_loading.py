@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tables import count_reads, set_window, write
 
 from adaptkit.loading import MAX_TRIES, Batch, Failure, StepSampler, Stuck, ViewDataset, view_loader
 from adaptkit.settings import ViewSettings
-from adaptkit.sources import BadImage
+from adaptkit.sources import BadImage, Blocks, FolderSource, open_images
 from adaptkit.views import MultiCrop
 
 NUM_IMAGES, BATCH_SIZE, SEED = 11, 4, 5
@@ -191,3 +194,131 @@ def test_only_bad_images_are_one_line_also_from_a_worker(workers: int) -> None:
     assert isinstance(stuck, Stuck)
     assert "\n" not in str(stuck.error())
     assert "truncated, and so are the images after it; check the data" in str(stuck.error())
+
+
+# --- the order that reads neighbours together
+
+
+def some_blocks(sizes: list[int], num_images: int = 60) -> Blocks:
+    """Images in blocks of these sizes, in no order: some blocks hold many of them."""
+    of_images = np.random.default_rng(0).integers(0, len(sizes) ** 2, num_images) // len(sizes)
+    of_images[: len(sizes)] = np.arange(len(sizes))
+    return Blocks(of_images, np.array(sizes))
+
+
+SIZES = {
+    "equal": [10] * 12,
+    "small": [3] * 46,
+    "of all sizes": [1, 7, 30, 2, 22, 9, 0, 14, 3, 5, 28, 4],
+    "one that is too large": [10, 10, 90, 10, 10, 10, 10],
+    "all too large": [50] * 5,
+    "all in one window": [2, 3, 4],
+    "empty": [0, 0, 0, 0],
+}
+
+
+def block_sampler(blocks: Blocks, start: int = 0, stop: int = 45, process: int = 0, processes: int = 1) -> StepSampler:
+    return StepSampler(len(blocks.of_images), BATCH_SIZE, SEED, start, stop, process, processes, blocks)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_windows_of_blocks_are_shuffled_as_a_double_loop_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_window(monkeypatch, 35)
+    blocks = some_blocks(SIZES[name])
+    generator = np.random.default_rng(9)
+    order_of_blocks = generator.permutation(len(SIZES[name])).tolist()
+    order_of_images = generator.permutation(60).tolist()
+    windows: list[list[int]] = []
+    seen, held, total = 0, 0, sum(SIZES[name])
+    count = 1 if total <= 35 else int(np.ceil(total / 31.5))  # nine tenths of 35
+    for block in order_of_blocks:
+        size = SIZES[name][block]
+        is_full = held + size > 35 or seen >= total * len(windows) / count
+        if not windows or (held and is_full):
+            windows.append([])
+            held = 0
+        windows[-1].append(block)
+        held, seen = held + size, seen + size
+    expected = []
+    for window in windows:
+        for image in order_of_images:
+            if blocks.of_images[image] in window:
+                expected.append(image)
+    assert blocks.shuffled(np.random.default_rng(9)).tolist() == expected
+    sizes = [sum(SIZES[name][block] for block in window) for window in windows]
+    assert all(size <= 35 or len(window) == 1 for size, window in zip(sizes, windows, strict=True))
+    if name in ("equal", "small", "of all sizes"):
+        assert min(sizes) > 10
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_image_comes_once_an_epoch_and_every_epoch_in_another_order(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_window(monkeypatch, 35)
+    blocks = some_blocks(SIZES[name])
+    batches = list(block_sampler(blocks))
+    orders = [[index for batch in batches[15 * e : 15 * e + 15] for _, index in batch] for e in range(3)]
+    assert all(sorted(order) == list(range(60)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    assert list(block_sampler(blocks)) == batches
+    other = StepSampler(60, BATCH_SIZE, SEED + 1, 0, 45, blocks=blocks)
+    assert list(other) != batches
+
+
+def test_blocks_resume_anywhere_and_are_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_window(monkeypatch, 35)
+    blocks = some_blocks(SIZES["of all sizes"], num_images=62)  # an epoch leaves two images out
+    whole = list(block_sampler(blocks))
+    for start in range(0, 45, 7):
+        assert list(block_sampler(blocks, start)) == whole[start:]
+    for processes in (2, 4):
+        shares = [list(block_sampler(blocks, process=process, processes=processes)) for process in range(processes)]
+        assert [[key for share in step for key in share] for step in zip(*shares, strict=True)] == whole
+    for first in range(0, 45, 15):
+        together = [index for batch in whole[first : first + 15] for _, index in batch]
+        assert len(set(together)) == len(together) == 60
+
+
+def test_without_blocks_the_order_is_what_it_always_was(tmp_path: Path) -> None:
+    expected = [np.random.default_rng([SEED, epoch]).permutation(NUM_IMAGES)[:8] for epoch in range(3)]
+    batches = [index for batch in sampler() for _, index in batch]
+    assert batches == np.concatenate(expected).tolist()
+    (tmp_path / "1.jpg").touch()
+    assert open_images([tmp_path]).blocks is None
+
+
+def test_blocks_of_a_part_of_a_table(tmp_path: Path) -> None:
+    source = open_images([write(tmp_path / "t.parquet", [bytes(10 + row) for row in range(12)], 4)])
+    blocks = source.subset(np.array([1, 9, 10])).blocks
+    assert blocks is not None
+    assert blocks.of_images.tolist() == [0, 1, 1]
+    assert blocks.num_bytes.tolist() == [46, 78]  # the rows that are not among these are read as well
+
+
+def read_epochs(source: FolderSource, blocks: Blocks | None, workers: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Row groups read in two epochs of batches of 8, dealt to workers as the loader does, by all of them together."""
+    total = 0
+    for worker in range(workers):
+        own = open_images([source.root / "t.parquet"]).subset(source.rows)
+        with monkeypatch.context() as patch:
+            reads = count_reads(patch)
+            sampler = StepSampler(len(own), 8, SEED, 0, 2 * (len(own) // 8), blocks=blocks)
+            for batch in list(sampler)[worker::workers]:
+                for _, index in batch:
+                    assert own.content(index) == b"%05d" % own.rows[index]
+            total += len(reads)
+    return total / 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_block_by_block_a_row_group_is_read_about_once(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each worker; in the plain order nearly every image costs a row group."""
+    write(tmp_path / "t.parquet", [b"%05d" % row for row in range(1_000)], 20)
+    source = open_images([tmp_path / "t.parquet"])
+    source = source.subset(np.flatnonzero(np.arange(1_000) % 10))  # a tenth is held out
+    set_window(monkeypatch, 8 * 20 * 5)  # 8 of the 50 row groups
+    assert read_epochs(source, source.blocks, workers, monkeypatch) <= 1.05 * 50 * workers
+    assert read_epochs(source, None, workers, monkeypatch) > 700

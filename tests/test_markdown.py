@@ -77,7 +77,8 @@ def report(**changes: Any) -> dict[str, Any]:
 
 def test_the_verdict_comes_first_and_every_part_is_there() -> None:
     text = render_markdown(REPORT)
-    assert text.startswith("# Improved: knn_top1 rose.\n\nVerdict: **improved**\n")
+    assert text.startswith("---\n")
+    assert text.split("---\n")[2].startswith("# Improved: knn_top1 rose.\n\nVerdict: **improved**\n")
     for line in (
         "| **`knn_top1`** | 61.20% [58.10, 64.30] | 64.40% [61.30, 67.50] | +3.20 [+1.10, +5.30] |",
         "| `rankme` | 120 [110, 131] | 98.40 [90.20, 106] | n/a |",
@@ -143,7 +144,7 @@ def test_a_bare_report_renders() -> None:
 def test_hostile_names_stay_text() -> None:
     data = REPORT["data"] | {"path": "a`b``c|d\n# e\x1b[31m\udcff"}
     text = render_markdown(report(data=data, message="<b>x</b> | *y* [z](u)\n# no"))
-    assert text.splitlines()[0] == r"# \<b\>x\</b\> \| \*y\* \[z\](u)\\n\# no"
+    assert text.split("---\n")[2].splitlines()[0] == r"# \<b\>x\</b\> \| \*y\* \[z\](u)\\n\# no"
     assert "``` a`b``c|d\\n# e\\x1b[31m\\udcff ```" in text
     text.encode("utf-8")
     assert sum(line.startswith("# ") for line in text.splitlines()) == 1

@@ -348,14 +348,14 @@ def test_a_gpu_without_enough_memory(training: bool, invoke: Any, monkeypatch: p
     forward = VisionTransformer.forward
 
     def too_much(self: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
-        if len(images) >= 8 and torch.is_grad_enabled() == training:
+        if len(images) >= (1 if training else 8) and torch.is_grad_enabled() == training:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total ...")
         result: torch.Tensor = forward(self, images)
         return result
 
     monkeypatch.setattr(VisionTransformer, "forward", too_much)
     line = assert_told_as_json(
-        invoke(ADAPT + "TINY --json --quiet"), Mistake("", 7, "memory", "", "lower|smaller batch size")
+        invoke(ADAPT + "TINY --json --quiet"), Mistake("", 7, "memory", "", "lower|below|smaller batch size")
     )
     assert read(Path("out"), "status.json") == {"state": "failed", "exit_code": 7, "message": line}
 

@@ -20,13 +20,20 @@ from adaptkit.recipe import Recipe
 SETTINGS: dict[str, Any] = {"steps": 4, "optim.lr": 1e-3, "head.reset_every": "50%"}
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+def words_of(*arguments: object, program: tuple[str, ...] = ("-m", "adaptkit")) -> list[str]:
+    """`adaptkit ARGUMENTS`, or another program, in two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = ["--master_addr", "127.0.0.1", "--master_port", str(probe.getsockname()[1])]
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *address]
-    words += ["-m", "adaptkit", *map(str, arguments)]
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=100)
+    return [*words, *program, *map(str, arguments)]
+
+
+def launch(
+    *arguments: object, program: tuple[str, ...] = ("-m", "adaptkit"), **extra: str
+) -> subprocess.CompletedProcess[str]:
+    words = words_of(*arguments, program=program)
+    return subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.slow

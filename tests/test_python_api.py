@@ -52,6 +52,7 @@ def test_a_module_is_adapted_on_a_copy_and_loads_back(module: nn.Module, images:
         assert module.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 12)
 
 
+@pytest.mark.long
 def test_a_run_of_a_module_is_resumed_with_it(module: nn.Module, images: Path, tmp_path: Path) -> None:
     settings = tiny(image_px=32)
     adaptkit.adapt(module, images, output=tmp_path / "whole", **settings)

@@ -227,6 +227,8 @@ def test_exit_codes_are_the_contract() -> None:
         "MachineError": 8,
         "Interrupted": 75,
         "NotFinite": 4,
+        "ConnectionLost": 8,
+        "FailedElsewhere": 1,
     }
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from adaptkit.errors import MachineError, UsageError
+from adaptkit.manifest import environment
 from adaptkit.recipe import Recipe, load_recipe
-from adaptkit.run import OURS, Run, atomic, environment, machine_errors, write_text
+from adaptkit.run import OURS, Run, atomic, machine_errors, write_text
 
 RECIPE = Recipe(data="/images", backbone="vit", batch_size=16)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from adaptkit import select
 from adaptkit.backbones import load_backbone
+from adaptkit.checkpoints import candidate_file
 from adaptkit.embedding import Embedder
 from adaptkit.errors import UsageError
 from adaptkit.inputs import open_inputs
@@ -88,14 +89,14 @@ def test_the_file_of_the_candidate_that_would_be_chosen_is_kept(tmp_path: Path) 
         state=state,
         recipe=SimpleNamespace(select=SimpleNamespace(keep=1)),
         accelerator=SimpleNamespace(is_main_process=True),
-        teacher=SimpleNamespace(backbone=nn.Identity()),
+        teacher=SimpleNamespace(backbone=nn.Identity(), head=nn.Identity()),
     )
     supervisor = Supervisor(session, SimpleNamespace(path=tmp_path), *(None,) * 3)  # type: ignore[arg-type]
     (tmp_path / "checkpoints").mkdir()
     for each in all_of_them:
-        supervisor.candidate_file(each.step).touch()
+        candidate_file(supervisor.folder, each.step).touch()
     supervisor._prune()
-    assert [step for step in (1, 2, 3, 4) if supervisor.candidate_file(step).exists()] == [2, 4]
+    assert [step for step in (1, 2, 3, 4) if candidate_file(supervisor.folder, step).exists()] == [2, 4]
 
 
 def test_the_gallery_of_the_best_candidate_is_embedded_once(

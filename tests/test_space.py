@@ -31,7 +31,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_begins(vit: Path, images: 
         adapt(vit, images, tmp_path / "run", reporter=recorder, **MANY_BITS)
     assert not [phase for phase in recorder.phases if "probing" in phase]
     assert read(tmp_path / "run", "status.json")["exit_code"] == 8
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["recipe.yaml", "status.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["images.index", "recipe.yaml", "status.json"]
 
 
 def test_a_file_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:

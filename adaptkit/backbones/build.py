@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adaptkit.backbones.backbone import Backbone, Readout
 from adaptkit.backbones.config import preprocessing
+from adaptkit.backbones.limits import MAX_NUMBERS, build_within
 from adaptkit.backbones.names import Origin
 from adaptkit.backbones.reading import line
 from adaptkit.errors import BackboneError
@@ -17,18 +18,23 @@ from adaptkit.errors import BackboneError
 TIMM_POOL = {"cls": "token", "mean": "avg"}
 
 
-def build(origin: Origin, readout: str, image_px: int | None, drop_path: float, seed: int) -> Backbone:
-    """The backbone with random weights in float32; its `embed_dim` is not known yet. Raises `BackboneError`."""
+def build(
+    origin: Origin, readout: str, image_px: int | None, drop_path: float, seed: int, most: int = MAX_NUMBERS
+) -> Backbone:
+    """The backbone with random weights in float32; its `embed_dim` is not known yet. Raises `BackboneError`.
+
+    A network that a `config.json` describes may have `most` parameters.
+    """
     cfg = preprocessing(origin.pretrained_cfg, origin.name)
     args = dict(origin.model_args)
     px = square_px(cfg, args, origin.image_px if image_px is None else image_px, origin.name)
     if "img_size" in args or cfg["fixed_input_size"]:
         args["img_size"] = px
-    module = _create(origin, args, cfg, drop_path, seed)
+    module = _create(origin, args, cfg, px, drop_path, seed, most)
     pool_args = _pool_args(module, readout, origin)
     if pool_args:
         args.update(pool_args)
-        module = _create(origin, args, cfg, drop_path, seed)
+        module = _create(origin, args, cfg, px, drop_path, seed, most)
     if is_vit(module):
         args["global_pool"] = module.global_pool
     _check_patches(module, px, origin.name)
@@ -63,7 +69,9 @@ def square_px(cfg: dict[str, Any], args: dict[str, Any], image_px: int | None, n
     return height
 
 
-def _create(origin: Origin, args: dict[str, Any], cfg: dict[str, Any], drop_path: float, seed: int) -> nn.Module:
+def _create(
+    origin: Origin, args: dict[str, Any], cfg: dict[str, Any], px: int, drop_path: float, seed: int, most: int
+) -> nn.Module:
     """timm's module with no classifier, drawn by `seed`; any input size where timm can (local crops are smaller)."""
     wanted = dict(args, num_classes=0)
     if drop_path > 0:
@@ -71,16 +79,23 @@ def _create(origin: Origin, args: dict[str, Any], cfg: dict[str, Any], drop_path
     reason = ""
     attempts: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
     for extra in attempts:
-        with torch.random.fork_rng(devices=[]):
+
+        def make(extra: dict[str, Any] = extra) -> nn.Module:
             torch.default_generator.manual_seed(seed)  # the CPU's only: torch.manual_seed would touch the GPU's too
+            options = wanted | extra
+            module: nn.Module = timm.create_model(
+                origin.architecture, pretrained=False, pretrained_cfg=dict(cfg), **options
+            )
+            return module.float()
+
+        with torch.random.fork_rng(devices=[]):
             try:
-                module: nn.Module = timm.create_model(
-                    origin.architecture, pretrained=False, pretrained_cfg=dict(cfg), **wanted, **extra
-                )
-                return module.float()
+                if origin.is_described:
+                    return build_within(most, make, lambda module: _two_images(module, px))
+                return make()
             except Exception as error:  # arguments of a folder nobody has checked: timm raises what it likes
                 reason = line(error)
-    raise BackboneError(f"{origin.name}: timm cannot build {origin.architecture} with {wanted} ({reason})")
+    raise BackboneError(f"{origin.name}: timm cannot build {origin.architecture} with {str(wanted)[:200]} ({reason})")
 
 
 def is_vit(module: nn.Module) -> bool:
@@ -134,17 +149,9 @@ def embed_dim(backbone: Backbone) -> int:
 
     Raises `BackboneError` if two images do not become two embeddings.
     """
-    px = backbone.image_px
-    patch = getattr(getattr(backbone.module, "patch_embed", None), "patch_size", None)
-    if (
-        is_vit(backbone.module)
-        and isinstance(patch, list | tuple)
-        and getattr(backbone.module, "dynamic_img_size", False)
-    ):
-        px = min(px, 4 * max(patch))  # a few tokens say as much as 1,369 of them
     try:
         with torch.inference_mode():
-            output = backbone.module(torch.zeros(2, 3, px, px))
+            output = backbone.module(_two_images(backbone.module, backbone.image_px))
     except Exception as error:  # a module of the user's own raises what it likes
         raise BackboneError(f"{backbone.name}: cannot take images of {backbone.image_px} px ({line(error)})") from None
     shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -154,3 +161,11 @@ def embed_dim(backbone: Backbone) -> int:
             "choose a readout, or add the pooling to the module"
         )
     return int(output.shape[1])
+
+
+def _two_images(module: nn.Module, px: int) -> Tensor:
+    """(2, 3, side, side) black ones of `px`, or of a few patches where the module takes any: they say as much."""
+    patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
+    if is_vit(module) and isinstance(patch, list | tuple) and getattr(module, "dynamic_img_size", False):
+        px = min(px, 4 * max(patch))
+    return torch.zeros(2, 3, px, px)

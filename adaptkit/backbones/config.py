@@ -10,8 +10,10 @@ from typing import Any
 
 from timm.models import PretrainedCfg, is_model
 
+from adaptkit.backbones.limits import check_arguments
 from adaptkit.backbones.reading import line
 from adaptkit.errors import BackboneError
+from adaptkit.settings import MAX_PX
 
 MAX_CONFIG_BYTES = 16 << 20  # some list every label of ImageNet-21k
 NOT_ARCHITECTURE = (  # arguments of training or of timm's factory that do not say what the backbone is
@@ -49,11 +51,13 @@ def read_config(path: Path, where: str) -> tuple[str, dict[str, Any], dict[str, 
         raise BackboneError(f"{where}: config.json: model_args and pretrained_cfg must be mappings")
     if model_args.get("in_chans", 3) != 3:
         raise BackboneError(f"{where}: config.json: in_chans is {model_args['in_chans']}; only 3 is supported")
+    model_args = {key: value for key, value in model_args.items() if key not in NOT_ARCHITECTURE}
+    check_arguments(model_args, where)
     fields = {field.name for field in dataclasses.fields(PretrainedCfg)}
     global_pool = config.get("global_pool")
     return (
         architecture,
-        {key: value for key, value in model_args.items() if key not in NOT_ARCHITECTURE},
+        model_args,
         {key: value for key, value in cfg.items() if key in fields},
         global_pool if isinstance(global_pool, str) else None,
     )
@@ -71,8 +75,9 @@ def preprocessing(cfg: dict[str, Any], where: str) -> dict[str, Any]:
             raise BackboneError(f"{where}: {key} must be 3 numbers{' above 0' if key == 'std' else ''}, not {values!r}")
         kept[key] = [float(value) for value in values]
     size = kept["input_size"]
-    if not _numbers(size, 3) or size[0] != 3 or any(value != int(value) or value < 1 for value in size):
-        raise BackboneError(f"{where}: input_size must be [3, height, width], not {size!r}")
+    if not _numbers(size, 3) or size[0] != 3 or any(v != int(v) or not 1 <= v <= MAX_PX for v in size):
+        what = f"[3, height, width] of at most {MAX_PX}"
+        raise BackboneError(f"{where}: input_size must be {what}, not {str(size)[:80]}")
     kept["input_size"] = [int(value) for value in size]
     if not _numbers([kept["crop_pct"]], 1) or not 0.05 <= kept["crop_pct"] <= 2:
         raise BackboneError(f"{where}: crop_pct must be a number between 0.05 and 2, not {kept['crop_pct']!r}")

@@ -23,6 +23,8 @@ Conversion = Callable[[State, nn.Module], Mapping[str, Tensor]]
 def as_float32(state: State, source: str) -> State:
     """The same tensors with every float in 32 bits. Raises `BackboneError` for tensors that are not plain numbers."""
     for key, tensor in state.items():
+        if tensor.is_floating_point() and tensor.element_size() == 1:  # scales lie beside them, in each project's way
+            raise BackboneError(f"{source}: {key} is float8, without its scales; convert the weights to float16 first")
         if not _is_plain(tensor):
             raise BackboneError(f"{source}: {key} is not a plain tensor of real numbers; save dense float weights")
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}

@@ -9,6 +9,7 @@ from torch import nn
 from adaptkit.backbones.backbone import Backbone, Channels
 from adaptkit.backbones.build import build, embed_dim
 from adaptkit.backbones.checkpoints import fit_
+from adaptkit.backbones.limits import MAX_NUMBERS, RESAMPLED
 from adaptkit.backbones.module import from_module, module_name
 from adaptkit.backbones.names import find
 from adaptkit.backbones.reading import read_weights
@@ -52,11 +53,13 @@ def load_backbone(
     if mean is not None or std is not None:
         raise BackboneError(f"{name}: mean and std are its own; they can be given for a module only")
     origin = find(name)
-    content = None
+    content, most = None, MAX_NUMBERS
     if pretrained:
         path = Path(weights) if weights is not None else origin.weights()
         content, sha256 = read_weights(path)
-    backbone = build(origin, readout, image_px, drop_path, seed)
+        if not allow_missing:  # more parameters than bytes cannot all be in the file
+            most = min(most, path.stat().st_size + RESAMPLED)
+    backbone = build(origin, readout, image_px, drop_path, seed, most)
     if content is not None:
         backbone.load_report = fit_(
             backbone.module,

@@ -17,6 +17,7 @@ from adaptkit.backbones.hub import fetch
 from adaptkit.errors import BackboneError, did_you_mean
 
 NANO = "nano"
+HUB = ("hf-hub:", "hf_hub:")
 NANO_LICENCE = "research use, see its model card"
 NANO_FOLDER = Path(__file__).parent.parent / "assets" / "nano"
 
@@ -65,6 +66,11 @@ class Origin:
     hub_filename: str | None = None
     url: str | None = None  # of weights that are elsewhere
     image_px: int | None = None  # where it is to differ from what `pretrained_cfg` says
+
+    @property
+    def is_described(self) -> bool:
+        """Whether a `config.json`, which may come from anyone, says what it is."""
+        return self.folder is not None or self.name.startswith(HUB)
 
     def weights(self) -> Path:
         """The local path of the weights, downloaded if need be. Raises `BackboneError`."""
@@ -116,7 +122,7 @@ def find(name: str) -> Origin:
             raise BackboneError("nano: the packaged backbone is missing from this installation; reinstall adaptkit")
         return _from_folder(name, NANO_FOLDER)
     source, colon, rest = name.partition(":")
-    if colon and source in ("hf-hub", "hf_hub"):
+    if name.startswith(HUB):
         config = read_config(fetch(name, rest, ("config.json",)), name)
         return Origin(name, *config, hub_repo=rest)
     if colon and source == "local-dir":

@@ -88,5 +88,6 @@ def _unknown_globals(path: Path) -> list[str]:
 
 
 def line(error: BaseException, length: int = 200) -> str:
-    """The error's text on one line of bounded length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:length]
+    """The error's text on one line of bounded length, also when a terminal escapes what cannot be printed."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:length])[:length]

@@ -13,12 +13,16 @@ from adaptkit.cli.command_adapt import adapt_command
 from adaptkit.cli.command_backbones import backbones_command
 from adaptkit.cli.command_check import check_command
 from adaptkit.cli.command_demo import demo_command
+from adaptkit.cli.command_embed import embed_command
+from adaptkit.cli.command_export import export_command
 from adaptkit.cli.command_probe import probe_command
 from adaptkit.cli.command_recipes import recipes_command
 from adaptkit.cli.command_report import report_command
 from adaptkit.cli.command_resume import resume_command
-from adaptkit.cli.failure import describe, heed_signals, report_failure
+from adaptkit.cli.failure import describe, heed_signals, ignore_signals, report_failure
+from adaptkit.cli.launch import is_launched
 from adaptkit.errors import did_you_mean
+from adaptkit.signals import stop_without_parent
 
 
 class App(click.Group):
@@ -27,6 +31,8 @@ class App(click.Group):
     def __call__(self, *args: Any, **extra: Any) -> Any:
         """What the command `adaptkit` calls: the process is ours, and with it its signals."""
         heed_signals()
+        if is_launched():
+            stop_without_parent()
         return super().__call__(*args, **extra)
 
     def resolve_command(
@@ -57,6 +63,7 @@ class App(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             code = report_failure(error, describe(error), as_json="--json" in words)
         if standalone_mode:
+            ignore_signals()
             sys.exit(code)
         return code
 
@@ -84,6 +91,8 @@ for command in (
     resume_command,
     report_command,
     probe_command,
+    embed_command,
+    export_command,
     backbones_command,
     recipes_command,
 ):

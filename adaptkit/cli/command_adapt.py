@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.execute import execute
+from adaptkit.cli.launch import check_gpus, gpus_option
 from adaptkit.cli.options import as_json, overrides, quiet, recipe_options
 from adaptkit.errors import UsageError
 from adaptkit.recipe import Recipe, load_recipe
@@ -17,6 +18,7 @@ from adaptkit.requirement import check_wishes
 
 @click.command("adapt", short_help="Adapt a backbone to a folder of images.")
 @recipe_options
+@gpus_option
 @click.option("--output", metavar="FOLDER", help="The run directory.  [default: runs/ and a name from the data]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take; write nothing.")
@@ -26,6 +28,7 @@ def adapt_command(
     output: str | None,
     recipe: str,
     assignments: tuple[str, ...],
+    gpus: int | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -45,13 +48,14 @@ def adapt_command(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and output is None:
         raise UsageError("several processes need one run directory; give --output FOLDER")
     check_wishes(resolved)
+    check_gpus(gpus)
     folder = Path(output) if output is not None else None
     if dry_run:
         rehearse(resolved, folder, overwrite, as_json, quiet)
         return
     from adaptkit.run import Run  # here, because `adaptkit --help` needs none of it
 
-    execute(Run.create(resolved, folder, overwrite), as_json, quiet)
+    execute(Run.create(resolved, folder, overwrite), as_json, quiet, gpus)
 
 
 def rehearse(recipe: Recipe, output: Path | None, overwrite: bool, as_json: bool, quiet: bool) -> None:

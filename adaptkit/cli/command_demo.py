@@ -9,6 +9,7 @@ import click
 
 import adaptkit
 from adaptkit.cli.command_adapt import adapt_command
+from adaptkit.cli.launch import gpus_option
 from adaptkit.cli.options import as_json, quiet, setting
 
 ASSETS = Path(adaptkit.__file__).parent / "assets"
@@ -18,6 +19,7 @@ SAMPLES = {"backbone": "nano", "data": (str(ASSETS / "eurosat"),), "labels": str
 @click.command("demo", short_help="Adapt the embedded backbone to sample images, offline.")
 @click.option("--output", metavar="FOLDER", help="The run directory.  [default: runs/eurosat-nano]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
+@gpus_option
 @setting("weights")
 @setting("pretrained")
 @setting("seed")

@@ -6,11 +6,10 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import as_json, field_of, quiet, setting
+from adaptkit.cli.options import as_json, embedding_options, quiet
 from adaptkit.errors import UsageError
 
 MOST_BACKBONES = 2
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @click.command("probe", short_help="Evaluate a backbone, or compare two.")
@@ -25,23 +24,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 @click.option("--data", required=True, metavar="FOLDER|CSV", help="Labelled images: gallery and training set.")
 @click.option("--queries", metavar="FOLDER|CSV", help="Labelled images to score.  [default: test/, or half of --data]")
 @click.option("--metric", "metrics", metavar="NAME,...", help="Probes to run, as in knn,retrieval.  [default: all]")
-@setting("weights")
-@setting("pretrained")
-@setting("allow_missing")
-@setting("readout")
-@setting("seed", type=click.IntRange(min=0))
-@click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the embeddings."
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=field_of("probe.batch_size").default,
-    show_default=True,
-    help="Images per forward pass.",
-)
-@setting("workers", type=click.IntRange(min=0))
-@setting("scale")
+@embedding_options
 @as_json
 @quiet
 def probe_command(

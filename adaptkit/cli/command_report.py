@@ -15,24 +15,37 @@ if TYPE_CHECKING:
 
 
 @click.command("report", short_help="Build the report of a run anew.")
-@click.argument("run")
+@click.argument("run", required=False)
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of report.json instead.")
 @as_json
 @quiet
-def report_command(run: str, as_json: bool, quiet: bool) -> None:
-    """Build report.md of the finished run in the folder RUN from its report.json, and say where it is."""
+def report_command(run: str | None, schema: bool, as_json: bool, quiet: bool) -> None:
+    """Build report.html and report.md of the finished run in the folder RUN anew, and say where they are.
+
+    No image and no backbone is needed: the pictures are those that the run took at its end.
+    """
+    if schema == (run is not None):
+        raise UsageError("give the folder of a run, or --schema alone")
     from adaptkit.cli.console import StreamConsole
     from adaptkit.cli.listing import line
     from adaptkit.cli.summary import print_document
+    from adaptkit.page import NAME, write_page
     from adaptkit.report import render_markdown
+    from adaptkit.report.schema import report_schema
     from adaptkit.run import Run
 
+    if run is None:
+        print_document(report_schema())
+        return
     opened = Run.open(run)
     report = read_report(opened)
     opened.write("report.md", render_markdown(report))
+    write_page(opened, report)
     if as_json:
         print_document(report)
     else:
-        line(StreamConsole(sys.stdout), f"report    {opened.path / 'report.md'}")
+        for name in (NAME, "report.md"):
+            line(StreamConsole(sys.stdout), f"report    {opened.path / name}")
 
 
 def read_report(run: Run) -> dict[str, Any]:

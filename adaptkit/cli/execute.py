@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.failure import describe, recorded, report_failure
+from adaptkit.cli.launch import count_processes, is_launched, launch
 from adaptkit.errors import AdaptkitError, Collapsed, GainNotMet, UsageError
 
 if TYPE_CHECKING:
     from adaptkit.run import Run
 
 
-def execute(run: Run, as_json: bool, quiet: bool) -> None:
-    """Carry out the run and print its result.
+def execute(run: Run, as_json: bool, quiet: bool, gpus: int | None) -> None:
+    """Carry out the run and print its result; with more than one GPU, have processes do so.
 
     A complete run whose result is not what was asked for (exit codes 5 and 6) is shown like any other; its error
     follows on stderr, and with `as_json` stands inside the one document.
@@ -28,17 +29,25 @@ def execute(run: Run, as_json: bool, quiet: bool) -> None:
         return
     try:
         with recorded(run), RichReporter(quiet) as reporter:
-            reporter.start(run.path)
+            if not is_launched():  # else whoever launched it knows
+                reporter.start(run.path)
             if is_main_process():
                 run.status("running", None, "started")
-            from adaptkit.train import run_adaptation  # imports torch: the run directory exists by now
+            processes = count_processes(run, gpus)  # imports torch: the run directory exists by now
+            if processes > 1:
+                reporter.phase(f"starting {processes} processes")
+                exit_code = launch(run, processes, ["--json"] * as_json + ["--quiet"] * quiet)
+            else:
+                from adaptkit.train import run_adaptation
 
-            report = run_adaptation(run, reporter).report
+                report = run_adaptation(run, reporter).report
     except (GainNotMet, Collapsed) as error:
         written = run.read_json("report.json")
         if written is None:
             raise
         report, unwanted = written, error
+    if processes > 1:  # which have shown it
+        raise click.exceptions.Exit(exit_code)
     _show(run, report, unwanted, as_json)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,15 +19,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.errors import AdaptkitError, DeviceMemoryError, Interrupted, MachineError
+from adaptkit.errors import (
+    AdaptkitError,
+    ConnectionLost,
+    FailedElsewhere,
+    Interrupted,
+    MachineError,
+    is_local,
+)
+from adaptkit.shortage import shortage
 from adaptkit.signals import heeded_signals
 
 if TYPE_CHECKING:
     from adaptkit.run import Run
 
 RESULT_CODES = (5, 6)  # the run is complete, only its result is not what was asked for
-LOCAL_CODES = (1, 7, 8)  # may strike one process of several, whose voice is then the only one
-MEMORY_ADVICE = "lower it with --batch-size, use smaller crops (--set image_px=...), or --precision bf16"
+MAIN_SPEAKS_SECONDS = 120.0  # by how much one process may be slower than another to see that the images are unusable
+HEAD_START_SECONDS = 2.0  # for the main process to print why, before a launcher stops it
+ECHOES = (KeyboardInterrupt, Interrupted, ConnectionLost, FailedElsewhere)  # of what happened in another process
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,8 @@ def describe(error: BaseException, run: Run | None = None) -> Failure:
     if isinstance(error, click.ClickException):
         command = getattr(getattr(error, "ctx", None), "command_path", "adaptkit")
         return Failure(error.exit_code, one_line(f"{error.format_message().rstrip('.')}; see `{command} --help`"))
-    if _is_device_memory(error):
-        return Failure(DeviceMemoryError.exit_code, f"the GPU has too little memory for this batch; {MEMORY_ADVICE}")
-    if isinstance(error, MemoryError):
-        return Failure(MachineError.exit_code, "the machine ran out of memory; lower --workers or --batch-size")
+    if (of_memory := shortage(error)) is not None:
+        return Failure(of_memory.exit_code, str(of_memory))
     if isinstance(error, OSError):
         from adaptkit.run import MACHINE_ERRNOS
 
@@ -62,10 +71,11 @@ def describe(error: BaseException, run: Run | None = None) -> Failure:
 
 def report_failure(error: BaseException, failure: Failure, as_json: bool) -> int:
     """Print the line (a traceback only for a bug; with `as_json` also the document) and return the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank > 0 and failure.exit_code not in LOCAL_CODES:
+    rank = _rank()
+    if rank > 0 and not is_local(error, failure.exit_code):
+        time.sleep(HEAD_START_SECONDS)
         return failure.exit_code  # the main process says the same
-    if failure.exit_code == 1:
+    if failure.exit_code == 1 and not isinstance(error, FailedElsewhere):
         traceback.print_exception(error, file=sys.stderr)
     prefix = f"[process {rank}] " if rank else ""
     print(f"{prefix}error: {failure.message}", file=sys.stderr)
@@ -84,11 +94,12 @@ def heed_signals() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _ignore_signals()
+    ignore_signals()
     raise KeyboardInterrupt
 
 
-def _ignore_signals() -> None:
+def ignore_signals() -> None:
+    """The process is about to end anyway."""
     for number in heeded_signals():
         if signal.getsignal(number) is _interrupt:  # else this is somebody else's process, which goes on
             signal.signal(number, signal.SIG_IGN)
@@ -101,35 +112,49 @@ def recorded(run: Run) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt | Interrupted):
-            _ignore_signals()
+            ignore_signals()
+        if _rank() > 0 and isinstance(error, AdaptkitError) and not is_local(error, error.exit_code):
+            error = _await_main(run, error)
         failure = describe(error, run)
         with suppress(AdaptkitError, OSError):  # a full disk must not hide the error itself
-            _record(run, failure)
+            _record(run, failure, error)
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(failure.message) from None
-        raise
+        raise error
 
 
-def _record(run: Run, failure: Failure) -> None:
-    """One process of several may fail alone; the stop it causes in the others must not cover its reason."""
-    rank, interrupted = int(os.environ.get("RANK", "0")), failure.exit_code == Interrupted.exit_code
-    if rank > 0 and failure.exit_code not in LOCAL_CODES:
+def _await_main(run: Run, error: Exception) -> Exception:
+    """Of several processes all but the main one fail in silence, and last: a launcher stops all after the first.
+
+    If the main process does not fail too, what this one sees is not what the others see.
+    """
+    from adaptkit.run import RUNNING, read_status
+
+    deadline = time.monotonic() + MAIN_SPEAKS_SECONDS
+    while read_status(run.path).get("state") == RUNNING:
+        if time.monotonic() > deadline:
+            where = f"process {_rank()} on {platform.node()} alone; do all processes see the same files?"
+            return error if isinstance(error, Interrupted) else MachineError(f"{error} ({where})")
+        time.sleep(0.1)
+    return error
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _record(run: Run, failure: Failure, error: BaseException) -> None:
+    """One process of several may fail alone; what that causes in the others, an echo, must not cover its reason."""
+    if _rank() > 0 and not is_local(error, failure.exit_code):
         return
     from adaptkit.run import read_status
 
-    if interrupted and read_status(run.path).get("state") == "failed":
+    if isinstance(error, ECHOES) and read_status(run.path).get("state") == "failed":
         return
     states = {Interrupted.exit_code: "interrupted"} | dict.fromkeys(RESULT_CODES, "done")
-    run.status(states.get(failure.exit_code, "failed"), failure.exit_code, failure.message)
+    run.status(states.get(failure.exit_code, "failed"), failure.exit_code, failure.message, error)
 
 
 def one_line(text: str) -> str:
     """Text from users and files made safe for a terminal: line breaks and control characters are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
-
-
-def _is_device_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

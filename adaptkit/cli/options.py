@@ -16,7 +16,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 METAVARS = {
     "backbone": "NAME|FOLDER",
-    "data": "FOLDER|LIST",
+    "data": "FOLDER|LIST|TAR|PARQUET|URL",
     "labels": "FOLDER|CSV",
     "weights": "FILE",
     "require_gain": "METRIC>=POINTS",
@@ -40,6 +40,7 @@ HOW = (
     "cache",
     "compile",
 )
+PRECISIONS = ("fp32", "bf16", "fp16")  # without auto, which is for training
 LOADING = ("weights", "pretrained", "allow_missing", "readout", "seed", "precision")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
@@ -81,6 +82,24 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     options = [*map(setting, WHAT), recipe, assignments, *map(setting, HOW), *map(setting, LOADING)]
     for option in reversed(options):  # the last one applied is the first one shown
+        command = option(command)
+    return command
+
+
+def embedding_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command takes that embeds images with a backbone outside a run."""
+    precision = click.Choice(PRECISIONS)
+    size = field_of("probe.batch_size").default
+    count = click.IntRange(min=1)
+    options = [
+        *map(setting, ("weights", "pretrained", "allow_missing", "readout")),
+        setting("seed", type=click.IntRange(min=0)),
+        click.option("--precision", type=precision, default="fp32", show_default=True, help="Of the embeddings."),
+        click.option("--batch-size", type=count, default=size, show_default=True, help="Images per forward pass."),
+        setting("workers", type=click.IntRange(min=0)),
+        setting("scale"),
+    ]
+    for option in reversed(options):
         command = option(command)
     return command
 

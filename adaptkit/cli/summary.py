@@ -51,7 +51,7 @@ def print_run(report: Mapping[str, Any], run: Path) -> None:
     choice = "the original backbone" if original else f"step {selected['step']}, alpha {selected['alpha']:g}"
     _line(console, f"selected  {choice}")
     _line(console, f"export    {run / 'backbone'}")
-    _line(console, f"report    {run / 'report.md'}")
+    _line(console, f"report    {run / (report.get('files') or {}).get('html', 'report.md')}")
     _line(console, "")
     by_timm = loads_in_timm(report)
     for line in snippet(str(run / "backbone"), by_timm).splitlines():
@@ -84,6 +84,18 @@ def print_probe(document: Mapping[str, Any]) -> None:
         sizes += f" ({left_out:,} left out: no image of their class in the gallery)"
     classes = f", {document['num_classes']} classes" if document.get("num_classes") else ""
     _line(console, f"{sizes}{classes}, seed {document['seed']}. {INTERVALS}", "dim", wrap=True)
+
+
+def print_embedded(document: Mapping[str, Any]) -> None:
+    """What `embed` wrote."""
+    if "output" not in document:
+        return  # the main process says it
+    console, bits = StreamConsole(sys.stdout), document["num_bits"]
+    codes = f", codes of {bits} bits" if bits else ""
+    bad = f"; {document['num_bad']:,} could not be read" if document["num_bad"] else ""
+    _line(console, f"{document['num_images']:,} images, {document['embed_dim']} numbers each{codes}{bad}", wrap=True)
+    for file in document["output"]:
+        _line(console, file)
 
 
 def print_forecast(document: Mapping[str, Any]) -> None:

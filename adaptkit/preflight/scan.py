@@ -88,9 +88,12 @@ def look_at(source: FolderSource, position: int, has_twin: bool) -> Look:
     """Read one image; nothing that is wrong with it is an error."""
     path, facts = source.path(position), None
     try:
-        facts = image_facts(source.file(position))
+        content = source.content(position)
+        facts = image_facts(source.file(position), content)
         image = source.read(position)
-        digest = hashlib.blake2b(source.file(position).read_bytes()).digest() if has_twin else b""
+        if has_twin:
+            content = source.file(position).read_bytes() if content is None else content
+        digest = hashlib.blake2b(content or b"").digest() if has_twin else b""
     except BadImage as bad:
         return Look(position, path, facts, bad.reason)
     except OSError as error:  # gone since it was decoded

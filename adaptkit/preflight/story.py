@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from adaptkit.backbones import Backbone, module_name
 from adaptkit.embedding import Embedder
-from adaptkit.errors import AdaptkitError, DataError, DeviceMemoryError
+from adaptkit.errors import AdaptkitError, DataError
 from adaptkit.estimate import forecast
 from adaptkit.inputs import Inputs, open_inputs
 from adaptkit.preflight.facts import (
@@ -30,6 +29,7 @@ from adaptkit.prepare import load_original, loader_workers, settle
 from adaptkit.recipe import Recipe, load_recipe, overrides_of
 from adaptkit.requirement import check_wishes
 from adaptkit.session import Reporter, Silent, open_accelerator
+from adaptkit.shortage import shortage
 from adaptkit.sources import BadImages
 from adaptkit.sources.source import shown
 
@@ -77,11 +77,11 @@ def check_recipe(recipe: Recipe, reporter: Reporter, module: nn.Module | None = 
     try:
         _fill_(document, recipe, reporter, module)
         document["ok"] = True
-    except torch.OutOfMemoryError:
-        advice = f"out of GPU memory; lower --batch-size {recipe.batch_size}, views.num_local or image_px"
-        error = DeviceMemoryError(advice)
     except AdaptkitError as stopped:
         error = stopped
+    except Exception as stopped:
+        if (error := shortage(stopped)) is None:
+            raise
     if error is not None:
         document["error"] = {"exit_code": error.exit_code, "message": str(error)}
     return CheckResult(document, error)

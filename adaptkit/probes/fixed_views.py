@@ -64,7 +64,7 @@ def retrieve_views(backbone: Backbone, source: ImageSource, embedder: Embedder) 
     dataset = FixedViews(source, backbone.image_px)
     loader = DataLoader(
         dataset,
-        embedder.batch_size,
+        batch_sampler=embedder.share.batches(len(dataset), embedder.batch_size),  # type: ignore[arg-type]  # ranges
         collate_fn=_stack,
         num_workers=embedder.workers,
         worker_init_fn=start_worker,
@@ -72,13 +72,14 @@ def retrieve_views(backbone: Backbone, source: ImageSource, embedder: Embedder) 
     )
     training, device = backbone.module.training, next(backbone.module.parameters()).device
     backbone.module.eval()
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    embedded: list[list[Tensor]] = []  # of each batch both sides, or nothing when all its images were bad
     for batch in loader:
-        if batch is None:
-            continue
-        for side, vectors in enumerate(sides):
+        sides: list[Tensor] = []
+        for side in range(2 if batch is not None else 0):
             pixels, factors = batch[0][:, side].to(device), batch[1][:, side].to(device)
             x = photometric(pixels, factors, backbone.mean, backbone.std, dataset.multicrop.parts)
-            vectors.append(backbone.module(x).float().cpu())
+            sides.append(backbone.module(x).float().cpu().clone())  # not a view that holds all tokens of the batch
+        embedded.append(sides)
     backbone.module.train(training)
-    return view_retrieval(torch.cat(sides[0]), torch.cat(sides[1]))
+    first, second = zip(*filter(None, embedder.share.gather(embedded)), strict=True)
+    return view_retrieval(torch.cat(first), torch.cat(second))

@@ -34,10 +34,12 @@ class Measurement:
     vectors: Tensor | None = None  # (N, D) of the target images
     failures: tuple[tuple[str, str], ...] = ()
     ranks: Jackknifed | None = None  # of `vectors`
+    queries: Embeddings | None = None  # what was scored: labelled queries, without labels the target images
 
     def __or__(self, other: Measurement) -> Measurement:
         later = self if other.vectors is None else other
-        return Measurement(self.scores | other.scores, later.vectors, self.failures + other.failures, later.ranks)
+        scores, failures = self.scores | other.scores, self.failures + other.failures
+        return Measurement(scores, later.vectors, failures, later.ranks, self.queries or other.queries)
 
 
 def measure_labelled(gallery: Embeddings, queries: Embeddings, names: Sequence[str]) -> Measurement:
@@ -51,7 +53,7 @@ def measure_labelled(gallery: Embeddings, queries: Embeddings, names: Sequence[s
         else:
             scores |= PROBES[name](gallery, queries)
     vectors = None if ranks is None else gallery.vectors
-    return Measurement(scores, vectors, gallery.failures + queries.failures, ranks)
+    return Measurement(scores, vectors, gallery.failures + queries.failures, ranks, queries)
 
 
 def measure_target(
@@ -77,7 +79,7 @@ def measure_target(
         "neighbour_overlap": percent_score(kept),
         "selection_score": percent_score(selection_score(found, kept)),
     }
-    return Measurement(scores, plain.vectors, plain.failures, ranks)
+    return Measurement(scores, plain.vectors, plain.failures, ranks, plain)
 
 
 def selection_score(found: Tensor, kept: Tensor) -> Tensor:

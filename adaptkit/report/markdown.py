@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from adaptkit.report.card import header
 from adaptkit.report.numbers import MISSING, change_text, score_text, value_text
 
 DIGITS = 2
@@ -18,9 +19,18 @@ LABEL_FREE = (
     "original's neighbourhoods is kept; how well classes are separated was not measured."
 )
 
+SELECTION_RULE = (
+    "The original is kept unless a candidate is better on the selection images beyond doubt, that is, unless the "
+    "lower end of its interval lies above 0. Candidates are checkpoints (alpha 1) and points on the straight line "
+    "between the original (alpha 0) and an adapted backbone."
+)
+
 
 def render_markdown(report: Mapping[str, Any]) -> str:
-    """The report (`adaptkit.report/1`) as Markdown. Sections whose facts are missing are left out."""
+    """The report (`adaptkit.report/1`) as Markdown, with the header of a model card.
+
+    Sections whose facts are missing are left out.
+    """
     sections = [
         [f"# {escape(report['message'])}", f"Verdict: **{escape(report['verdict'])}**"],
         _probes(report),
@@ -31,7 +41,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         _loading(report),
         _recipe(report.get("recipe") or {}),
     ]
-    return "\n\n".join("\n\n".join(section) for section in sections if section) + "\n"
+    return header(report) + "\n\n".join("\n\n".join(section) for section in sections if section) + "\n"
 
 
 def metric_order(report: Mapping[str, Any]) -> list[str]:
@@ -100,11 +110,6 @@ def _probes(report: Mapping[str, Any]) -> list[str]:
 def _selection(report: Mapping[str, Any]) -> list[str]:
     selected, candidates = report.get("selected") or {}, report.get("candidates") or []
     metric = report.get("selection_metric", report["primary_metric"])
-    rule = (
-        "The original is kept unless a candidate is better on the selection images beyond doubt, that is, unless the "
-        "lower end of its interval lies above 0. Candidates are checkpoints (alpha 1) and points on the straight line "
-        "between the original (alpha 0) and an adapted backbone."
-    )
     if is_original(selected):
         choice = "Selected: **the original backbone**."
     else:
@@ -115,7 +120,7 @@ def _selection(report: Mapping[str, Any]) -> list[str]:
         value, change = candidate.get("value"), candidate.get("delta")
         cells = [str(candidate["step"]), f"{candidate['alpha']:g}", value_text(metric, value, DIGITS)]
         rows.append([*cells, change_text(change, DIGITS), "selected" if chosen else ""])
-    lines = ["## What was selected, and why", f"{choice} {rule}"]
+    lines = ["## What was selected, and why", f"{choice} {SELECTION_RULE}"]
     header = ["step", "alpha", f"{code(metric)} (selection images)", "change from the original", ""]
     return [*lines, table(header, rows)] if rows else [*lines, "There was no candidate."]
 

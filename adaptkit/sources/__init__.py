@@ -1,6 +1,7 @@
 """Where images come from: folders and lists of files, what is held out, what is labelled, what cannot be read."""
 
 from adaptkit.sources.bad_images import BadImages as BadImages
+from adaptkit.sources.blocks import Blocks as Blocks
 from adaptkit.sources.cache import DecodeCache as DecodeCache
 from adaptkit.sources.cache import is_large as is_large
 from adaptkit.sources.cache import refuse_foreign as refuse_foreign
@@ -16,6 +17,7 @@ from adaptkit.sources.images import open_folder as open_folder
 from adaptkit.sources.images import open_images as open_images
 from adaptkit.sources.index import load_index as load_index
 from adaptkit.sources.index import save_index as save_index
+from adaptkit.sources.labels import SPLIT_FOLDERS as SPLIT_FOLDERS
 from adaptkit.sources.labels import Labelled as Labelled
 from adaptkit.sources.labels import halve as halve
 from adaptkit.sources.labels import has_class_folders as has_class_folders

@@ -18,14 +18,14 @@ class BadImages:
 
     `max_bad` is a number (`12`) or a share of `num_images` (`1%`); five are always accepted. An existing file is read
     first, so that a resumed run goes on counting. If it lists too many, it ended the run: they are counted anew, for
-    those that nobody mended are found again. Raises `DataError` when more are bad, `MachineError` when the file cannot
-    be read or written.
+    those that nobody mended are found again. Of several processes that count the same, one `writes`. Raises
+    `DataError` when more are bad, `MachineError` when the file cannot be read or written.
     """
 
-    def __init__(self, file: Path | None, num_images: int, max_bad: str) -> None:
+    def __init__(self, file: Path | None, num_images: int, max_bad: str, writes: bool = True) -> None:
         self.paths: set[str] = set()
         self._listed: set[str] = set()
-        self._file = file
+        self._file, self._writes = file, writes
         self._num_images = num_images
         self._max_bad = max_bad
         self._accepted = max(ALWAYS_ACCEPTED, _count(max_bad, num_images))
@@ -34,7 +34,8 @@ class BadImages:
             for path, reason in _load(file):
                 self._note(path, reason)
             self._listed = set(self.paths)
-            _append(file, "")  # an empty list is there too: it says that no image was bad
+            if writes:
+                _append(file, "")  # an empty list is there too: it says that no image was bad
             if len(self.paths) > self._accepted:
                 self.paths, self._first = set(), ""
 
@@ -43,7 +44,7 @@ class BadImages:
         if path in self.paths:
             return
         self._note(path, reason)
-        if self._file is not None and path not in self._listed:
+        if self._file is not None and self._writes and path not in self._listed:
             # ASCII: a name that is not UTF-8 becomes an escaped surrogate and reads back
             _append(self._file, json.dumps({"path": path, "reason": reason}) + "\n")
         self._check()

@@ -58,25 +58,26 @@ class DecodeCache:
             raise _unusable(folder, error) from None
         return cls(folder)
 
-    def read(self, file: Path, scale: Scale) -> Image.Image:
+    def read(self, file: Path, scale: Scale, content: bytes | None = None) -> Image.Image:
         """The image as `decode` gives it, a large one at 512 px short side and once through a JPEG. Raises `BadImage`.
 
         What cannot be stored, for want of room or permission, is not: the same pixels are made again the next time.
+        With `content`, the bytes of an image out of a store, these and not `file` are what it is known by.
         """
-        origin = _origin(file, scale)
-        entry = self._entry(file)
+        origin = _origin(file, scale, content)
+        entry = self._entry(file, content)
         if origin and (kept := _load(entry, origin)) is not None:
             return kept
-        image, short_side = decode_sized(file, SMALL_SIDE, scale=scale)
-        if short_side <= LARGEST_KEPT_AS_IS or (content := _shrink(image)) is None:
+        image, short_side = decode_sized(file, SMALL_SIDE, scale=scale, content=content)
+        if short_side <= LARGEST_KEPT_AS_IS or (small := _shrink(image)) is None:
             return image
         if origin:
-            _store(entry, MAGIC + _digest(origin, content) + content)
-        return decode_sized(file, SMALL_SIDE, content=content)[0]
+            _store(entry, MAGIC + _digest(origin, small) + small)
+        return decode_sized(file, SMALL_SIDE, content=small)[0]
 
-    def lacks(self, file: Path) -> bool:
+    def lacks(self, file: Path, content: bytes | None = None) -> bool:
         """Whether `file` is a large image of which nothing is kept yet; only its header is read."""
-        return is_large(file) and not self._entry(file).exists()
+        return is_large(file, content) and not self._entry(file, content).exists()
 
     def remove(self) -> None:
         """Delete what `make` and `read` have written, and the folder if nothing else lies in it."""
@@ -91,8 +92,8 @@ class DecodeCache:
         with suppress(OSError):
             self.folder.rmdir()
 
-    def _entry(self, file: Path) -> Path:
-        name = blake2b(_absolute(file), digest_size=20).hexdigest()
+    def _entry(self, file: Path, content: bytes | None = None) -> Path:
+        name = blake2b(_absolute(file) if content is None else content, digest_size=20).hexdigest()
         return self.folder / name[:2] / name[2:]
 
 
@@ -117,10 +118,10 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def is_large(file: Path) -> bool:
+def is_large(file: Path, content: bytes | None = None) -> bool:
     """Whether a cache would keep the image small, by its header."""
     try:
-        facts = image_facts(file)
+        facts = image_facts(file, content)
     except BadImage:
         return False
     return min(facts.width, facts.height) > LARGEST_KEPT_AS_IS
@@ -135,8 +136,10 @@ def _absolute(file: Path) -> bytes:
     return os.fsencode(os.path.abspath(file))
 
 
-def _origin(file: Path, scale: Scale) -> bytes | None:
+def _origin(file: Path, scale: Scale, content: bytes | None = None) -> bytes | None:
     """Everything that decides the small image, or changes when it does; None when there is no such file."""
+    if content is not None:
+        return b"%b %b %b" % (blake2b(content).digest(), scale.encode(), MAKER.encode())
     try:
         status = os.stat(file)
     except (OSError, ValueError):

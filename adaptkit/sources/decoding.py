@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL.ImageFile
@@ -80,7 +81,7 @@ class ImageFacts:
     more_frames: bool  # only the first one is used
 
 
-def decode(path: Path, *, min_side: int = 8, scale: Scale = "range") -> Image.Image:
+def decode(path: Path, *, min_side: int = 8, scale: Scale = "range", content: bytes | None = None) -> Image.Image:
     """Read the first frame of one image file as 8-bit RGB with its EXIF orientation applied.
 
     A JPEG whose short side is at least 896 px is decoded at 1/2, 1/4 or 1/8 scale with the short side still at least
@@ -88,19 +89,17 @@ def decode(path: Path, *, min_side: int = 8, scale: Scale = "range") -> Image.Im
     `range`: 12 and 16 bits by the range of the type; floats and 32-bit integers, which hardly ever use theirs, as 0..1
     if all values lie in it, else as 0..255 if they lie in that, else by the image's own minimum and maximum.
     `percentile`: from the 1st to the 99th percentile of the image, of all channels together.
+    With `content`, the bytes of an image, these are decoded and `path` is only its name in messages.
     Raises `BadImage` for a file that is missing, truncated, no image, smaller than `min_side` px, larger than
     `MAX_PIXELS`, narrower than 1 : `MAX_ASPECT`, or with pixels that are NaN or infinite.
     """
-    return decode_sized(path, DRAFT_SIDE, min_side=min_side, scale=scale)[0]
+    return decode_sized(path, DRAFT_SIDE, min_side=min_side, scale=scale, content=content)[0]
 
 
 def decode_sized(
     path: Path, draft_side: int, *, min_side: int = 8, scale: Scale = "range", content: bytes | None = None
 ) -> tuple[Image.Image, int]:
-    """`decode`, and the short side that the file says; a JPEG is reduced to at least `draft_side` px instead of 448.
-
-    With `content`, the bytes of a JPEG, these are decoded and nothing is read from `path`.
-    """
+    """`decode`, and the short side that the file says; a JPEG is reduced to at least `draft_side` px instead of 448."""
     with _opened(path, content) as image:
         width, height = image.size
         if min(image.size) < min_side:
@@ -108,21 +107,24 @@ def decode_sized(
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise BadImage(str(path), f"{width} x {height} px is too narrow, at most 1 : {MAX_ASPECT} can be used")
         if isinstance(image, PngImageFile):
-            _check_png(path)
+            _check_png(path, content)
         if isinstance(image, JpegImageFile):
             _draft_(image, draft_side)
         raw = raw_mode(image)
         image.load()
         pixels: Image.Image = image
         if DEEP.match(raw):
-            pixels = deep_to_8_bit(image, raw, scale, _low_bytes(path, raw) if scale == "percentile" else None)
+            pixels = deep_to_8_bit(image, raw, scale, _low_bytes(path, raw, content) if scale == "percentile" else None)
             pixels = _black_is_zero(pixels, image)
         return _upright(to_rgb(pixels), _orientation(image)), min(width, height)
 
 
-def image_facts(path: Path) -> ImageFacts:
-    """Read only the header of an image file. Raises `BadImage` when `decode` would refuse it for its kind or area."""
-    with _opened(path) as image:
+def image_facts(path: Path, content: bytes | None = None) -> ImageFacts:
+    """Read only the header of an image file, or of the bytes of one.
+
+    Raises `BadImage` when `decode` would refuse it for its kind or area.
+    """
+    with _opened(path, content) as image:
         width, height = image.size
         mode, bits = image.mode, bits_per_channel(image)
         kind = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # not MPO, which is JPEG as well
@@ -132,15 +134,13 @@ def image_facts(path: Path) -> ImageFacts:
 @contextmanager
 def _opened(path: Path, content: bytes | None = None) -> Iterator[ImageFile]:
     """The image, not loaded; whatever goes wrong inside the block is a `BadImage`."""
-    formats = FORMATS if content is None else ("JPEG",)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about sizes we check ourselves
             if content is None and file_size(os.fsencode(path)) is None:  # it was one when the folder was listed
                 raise BadImage(str(path), "is a directory, a pipe or a device, not a file")
             # opened by us: PIL maps files that it opens into memory, and scrambles turned TIFFs while at it
-            stream = path.open("rb") if content is None else io.BytesIO(content)
-            with _whole_only(), stream as file, Image.open(file, formats=formats) as image:
+            with _whole_only(), _stream(path, content) as file, Image.open(file, formats=FORMATS) as image:
                 _check_pixels(image.size, str(path))
                 if isinstance(image, TiffImageFile):
                     _check_tiff(image, str(path))
@@ -149,7 +149,11 @@ def _opened(path: Path, content: bytes | None = None) -> Iterator[ImageFile]:
     except (BadImage, AdaptkitError):  # the latter comes from a signal handler, not from the file
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything: SyntaxError, struct.error, ...
-        raise BadImage(str(path), _reason(error, path)) from error
+        raise BadImage(str(path), _reason(error, path, content)) from error
+
+
+def _stream(path: Path, content: bytes | None) -> BinaryIO:
+    return path.open("rb") if content is None else io.BytesIO(content)
 
 
 @contextmanager
@@ -172,9 +176,9 @@ def _whole_only() -> Iterator[None]:
                 PIL.ImageFile.LOAD_TRUNCATED_IMAGES = _theirs
 
 
-def _check_png(path: Path) -> None:
+def _check_png(path: Path, content: bytes | None) -> None:
     """Compare the checksums of the pixels, which PIL does not: it makes a picture of zeros from a broken download."""
-    with path.open("rb") as file:
+    with _stream(path, content) as file:
         file.seek(8)  # the signature
         while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
             length = int.from_bytes(start[:4], "big")
@@ -217,10 +221,10 @@ def _reread_as_(image: ImageFile, raw: str) -> None:
     ]
 
 
-def _low_bytes(path: Path, raw: str) -> NDArray[np.uint8] | None:
+def _low_bytes(path: Path, raw: str, content: bytes | None) -> NDArray[np.uint8] | None:
     if raw not in LOW_BYTES:
         return None
-    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+    with _stream(path, content) as file, Image.open(file, formats=FORMATS) as image:
         _reread_as_(image, LOW_BYTES[raw])
         return np.asarray(image)
 
@@ -261,9 +265,9 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Path, content: bytes | None) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not a readable image file" + _tiff_hint(path)
+        return "not a readable image file" + _tiff_hint(path, content)
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     text = " ".join(str(error).split())[:200]
@@ -272,10 +276,10 @@ def _reason(error: Exception, path: Path) -> str:
     return text or type(error).__name__
 
 
-def _tiff_hint(path: Path) -> str:
+def _tiff_hint(path: Path, content: bytes | None) -> str:
     """PIL calls a sound TIFF unidentified when it has, say, 64-bit floats or seven channels."""
     try:
-        with path.open("rb") as file:
+        with _stream(path, content) as file:
             start = file.read(4)
     except OSError:
         return ""

@@ -1,4 +1,4 @@
-"""Image files below one folder, held as a few numpy arrays."""
+"""Images below one root, files or members of a store, held as a few numpy arrays."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from adaptkit.sources.blocks import Blocks
 from adaptkit.sources.cache import DecodeCache
 from adaptkit.sources.decoding import decode
 from adaptkit.sources.pixels import Scale
 from adaptkit.sources.scan import Scan
 from adaptkit.sources.source import BadImage
+from adaptkit.sources.store import Store
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class FolderSource:
     scale: Scale = "range"  # of images of more than 8 bits, see `decode`
     scan: Scan | None = None  # what the M files were found by
     cache: DecodeCache | None = None  # large images are read by way of it
+    store: Store | None = None  # holds the content of images that are no files of their own
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,14 +55,27 @@ class FolderSource:
         """(N,) indices into `class_names`, or None."""
         return None if self.file_labels is None else self.file_labels[self.rows]
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """What is cheap to read together; None when any order costs the same."""
+        if self.store is None or (rows := self.store.blocks) is None:
+            return None
+        num_bytes = np.bincount(rows, weights=self.file_sizes).astype(np.int64)
+        present, of_images = np.unique(rows[self.rows], return_inverse=True)
+        return Blocks(of_images, num_bytes[present])
+
     def path(self, index: int) -> str:
         """Relative to the root, with `/` between the parts (absolute when a list names a file elsewhere)."""
         row = self.rows[index]
         return os.fsdecode(self.names[self.offsets[row] : self.offsets[row + 1]].tobytes())
 
     def file(self, index: int) -> Path:
-        """Where the file lies."""
+        """Where the file lies; of a member of a store its name, for messages."""
         return self.root / self.path(index)
+
+    def content(self, index: int) -> bytes | None:
+        """The encoded image out of a store; None for a file, which need not be read whole. Raises `BadImage`."""
+        return None if self.store is None else self.store.read(int(self.rows[index]))
 
     def label(self, index: int) -> int | None:
         return None if self.file_labels is None else int(self.file_labels[self.rows[index]])
@@ -71,7 +87,10 @@ class FolderSource:
         """
         file = self.file(index)
         try:
-            return self.cache.read(file, self.scale) if self.cache else decode(file, scale=self.scale)
+            content = self.content(index)
+            if self.cache:
+                return self.cache.read(file, self.scale, content)
+            return decode(file, scale=self.scale, content=content)
         except BadImage as error:
             raise BadImage(self.path(index), error.reason) from error
 

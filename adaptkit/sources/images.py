@@ -1,4 +1,4 @@
-"""Opens unlabelled images: a folder, or several folders and lists of files together."""
+"""Opens unlabelled images: folders and lists of files, tar shards, Parquet files, what lies behind URLs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from itertools import permutations
 from pathlib import Path
 
 from adaptkit.errors import DataError
+from adaptkit.places import TAR, kind_of, shards_of
 from adaptkit.sources.folder import FolderSource, from_files
 from adaptkit.sources.lists import is_list, locate, read_paths
+from adaptkit.sources.parquet import open_parquet, parquet_files
 from adaptkit.sources.pixels import Scale
-from adaptkit.sources.scan import SUFFIXES, Scanner, absolute, inside, stamp
+from adaptkit.sources.scan import Scanner, absolute, inside, nothing_found, stamp
+from adaptkit.sources.shards import open_shards, root_of
 from adaptkit.sources.source import shown
+from adaptkit.sources.urls import open_urls
 
 
 def open_folder(root: str | Path, scale: Scale = "range") -> FolderSource:
@@ -33,14 +37,22 @@ def open_folder(root: str | Path, scale: Scale = "range") -> FolderSource:
 def open_images(paths: Sequence[str | Path], scale: Scale = "range") -> FolderSource:
     """The images of one or several folders and lists, sorted by the bytes of their path below the common root.
 
+    Tar shards are `open_shards`, Parquet files `open_parquet`, URLs `open_urls`; nothing else may stand beside these.
     One folder is `open_folder`. Several things lie below their common parent. A list is a .txt with a path per line or
     a .csv with a column `path`, relative to the list's folder or absolute; an image that is listed twice, or also lies
     in one of the folders, counts once. Raises `DataError` for what is missing, named twice, inside another of the
     folders, neither folder nor list, or without images.
     """
-    places = [Path(path) for path in paths]
-    if not places:
+    if not paths:
         raise DataError("no images: name a folder or a list")
+    protocol, kind = kind_of([os.fspath(path) for path in paths])
+    if kind == TAR:
+        return open_shards(paths, scale)
+    if protocol:
+        return open_urls(paths, scale)
+    places = [Path(path) for path in paths]
+    if tables := parquet_files(places):
+        return open_parquet(tables, common_root(paths), paths, scale)
     for place in places:
         if not os.path.exists(place):
             raise DataError(f"{shown(place)}: no such folder{' or list' if is_list(place) else ''}; check the path")
@@ -56,7 +68,9 @@ def open_images(paths: Sequence[str | Path], scale: Scale = "range") -> FolderSo
 
 
 def common_root(paths: Sequence[str | Path]) -> Path:
-    """What the paths of `open_images(paths)` are relative to."""
+    """What the paths of `open_images(paths)` are relative to; those of a URL are known by listing it only."""
+    if kind_of([os.fspath(path) for path in paths])[1] == TAR:
+        return Path(root_of([shard for path in absolute(paths) for shard in shards_of(path)]))
     folders = [Path(path) if os.path.isdir(path) else Path(path).parent for path in paths]
     return folders[0] if len(folders) == 1 else Path(os.path.commonpath(absolute(folders)))
 
@@ -80,11 +94,7 @@ def _files(place: Path, root: Path, scanner: Scanner) -> Iterator[tuple[bytes, i
     if not num_files and place.is_file():
         raise DataError(f"{shown(place)}: lists no image")
     if not num_files:
-        kinds = ", ".join(suffix.decode() for suffix in SUFFIXES[:-1])
-        raise DataError(
-            f"{shown(place)}: no {kinds} or {SUFFIXES[-1].decode()} file at any depth"
-            f"{_describe(scanner.others - before) or '; check the path'}"
-        )
+        raise nothing_found(place, scanner.others - before)
 
 
 def _walked(folder: Path, root: Path, scanner: Scanner) -> Iterator[tuple[bytes, int]]:
@@ -113,10 +123,3 @@ def _each_once(files: Iterable[tuple[bytes, int]], root: Path) -> Iterator[tuple
         if place not in seen:
             seen.add(place)
             yield name, size
-
-
-def _describe(others: Counter[str]) -> str:
-    if not others:
-        return ""
-    kinds = ", ".join(shown(suffix) or "no suffix" for suffix, _ in others.most_common(3))
-    return f" (but {others.total()} other files: {kinds}; convert them to PNG or JPEG)"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptkit.errors import DataError
+from adaptkit.places import FILES, kind_of
 from adaptkit.sources.folder import FolderSource, from_files
 from adaptkit.sources.images import open_folder
 from adaptkit.sources.lists import locate, read_table
@@ -44,6 +45,11 @@ def open_labelled(
     first offender: missing file, image outside class folders, no header, fewer than two classes, most queries of
     classes without gallery (a few are `left_out`). `scale` is for images of more than 8 bits, see `decode`.
     """
+    for place in (data, queries or data):
+        if kind_of([os.fspath(place)]) != ("", FILES):
+            raise DataError(
+                f"{shown(place)}: labels come from class folders or a .csv on a disk, not from shards or URLs"
+            )
     data = Path(data)
     if queries is not None:
         for side in (data, Path(queries)):

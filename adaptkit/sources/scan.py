@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptkit.errors import MachineError
+from adaptkit import places
+from adaptkit.errors import DataError, MachineError
 from adaptkit.sources.source import shown
 
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".gif")
@@ -86,8 +87,30 @@ class Scanner:
 
 
 def absolute(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    """The paths as seen from anywhere; links stay."""
-    return tuple(os.path.abspath(path) for path in paths)
+    """The paths as seen from anywhere; links and URLs stay."""
+    return tuple(places.absolute(path) for path in paths)
+
+
+def is_hidden(name: bytes) -> bool:
+    """Whether a path relative to what the user named is left out: one of its parts begins with a dot."""
+    if not name.startswith(b".") and b"/." not in name:
+        return False
+    return any(part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
+
+
+def nothing_found(place: str | Path, others: Counter[str]) -> DataError:
+    """The error about a place without images; `others` counts the suffixes of the files that are there instead."""
+    kinds = ", ".join(suffix.decode() for suffix in SUFFIXES[:-1])
+    advice = "; check the path"
+    if others:
+        suffixes = ", ".join(shown(suffix) or "no suffix" for suffix, _ in others.most_common(3))
+        advice = f" (but {others.total()} other files: {suffixes}; convert them to PNG or JPEG)"
+    if others and others[".tar"] == others.total():
+        example = f"{shown(place)}/{{000..{others.total() - 1:03d}}}.tar"
+        advice = f" (but {others.total()} tar files; name them, as in --data '{example}')"
+    if others[".parquet"]:
+        advice = f" (but {others['.parquet']} Parquet files; name them, or a folder that holds nothing else)"
+    return DataError(f"{shown(place)}: no {kinds} or {SUFFIXES[-1].decode()} file at any depth{advice}")
 
 
 def inside(path: bytes, folder: bytes) -> bool:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from adaptkit.errors import DataError
 from adaptkit.sources.folder import FolderSource
 from adaptkit.sources.scan import file_size
-from adaptkit.sources.source import ImageSource, hash_order
+from adaptkit.sources.source import BadImage, ImageSource, hash_order
 
 MIN_IMAGES = 8
 MIN_HELD_OUT = 2  # one image always finds itself again: nothing could be measured on it
@@ -109,10 +108,16 @@ def same_content(source: FolderSource, others: Iterable[FolderSource]) -> NDArra
 
 
 def _digests(source: FolderSource, indices: NDArray[np.int64]) -> dict[int, bytes]:
-    return {i: digest for i in indices.tolist() if (digest := _content_digest(source.file(i))) is not None}
+    return {i: digest for i in indices.tolist() if (digest := _content_digest(source, i)) is not None}
 
 
-def _content_digest(file: Path) -> bytes | None:
+def _content_digest(source: FolderSource, index: int) -> bytes | None:
+    if source.store is not None:
+        try:
+            return hashlib.blake2b(source.store.read(int(source.rows[index]))).digest()
+        except BadImage:
+            return None
+    file = source.file(index)
     if file_size(os.fsencode(file)) is None:  # a pipe by now
         return None
     try:

@@ -19,6 +19,8 @@ from torch.distributed.run import get_args_parser
 from adaptkit import errors
 from adaptkit.cli import main
 
+pytestmark = pytest.mark.long
+
 SLURM, KUBERNETES = ROOT / "examples" / "slurm", ROOT / "examples" / "kubernetes"
 SCRIPTS, MANIFESTS = ("one_node.sbatch", "several_nodes.sbatch"), ("job.yaml", "several_nodes.yaml")
 DEADLINE_S = 120.0

@@ -15,6 +15,8 @@ import adaptkit
 from adaptkit.checkpoints import LAST, load_state
 from adaptkit.errors import AdaptkitError, DataError, Interrupted, UsageError
 
+pytestmark = pytest.mark.long
+
 Damage = Callable[[Path], object]
 RUNS_ON = None  # beside the kind of error and its words: it is resumed
 

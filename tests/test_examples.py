@@ -22,6 +22,8 @@ from adaptkit import schedules
 from adaptkit.backbones import load_backbone
 from adaptkit.vectors import embed_files
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = ROOT / "examples"
 STAND_IN = """#!/usr/bin/env bash
 # Instead of adaptkit: notes its arguments and ends with the next of CODES.
@@ -67,7 +69,6 @@ def brute_force_recall(vectors: np.ndarray, codes: np.ndarray, queries: range, n
     return 100 * float(np.mean(shares))
 
 
-@pytest.mark.long
 def test_image_search(
     vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +91,6 @@ def test_image_search(
     assert all("of its class" in line for line in lines[1:])
 
 
-@pytest.mark.long
 def test_adapt_from_python_and_load_in_timm(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +136,6 @@ def gated(
         return dict(zip(gains, threads.map(start, gains), strict=True))
 
 
-@pytest.mark.long
 def test_the_gate_promotes_what_reached_the_gain(gated: Any) -> None:
     folder, done = gated["knn_top1>=-100"]
     assert done.returncode == 0, done.stderr

@@ -385,6 +385,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_faults_of_the_machine(case: str, ended: dict[str, dict[str, Any]]) -> None:
     (exit_code, words), told = FAULTS[case], ended[case]

@@ -32,6 +32,8 @@ import measures
 import run as benchmark
 import selection
 
+pytestmark = pytest.mark.long
+
 
 def checkpoint(step: int, knn: float, **label_free: float | None) -> dict[str, Any]:
     return {"step": step, "labels": {"knn_top1": knn}, "label_free": label_free}
@@ -166,7 +168,6 @@ def last_teacher(tiny: Path, original: Backbone) -> Backbone:
     return backbone
 
 
-@pytest.mark.long
 def test_the_original_every_candidate_and_the_last_teacher_are_measured(tiny: Path, rows: list[dict[str, Any]]) -> None:
     candidates = [c["step"] for c in read(tiny, "report.json")["candidates"] if c["alpha"] == 1]
     assert len(candidates) >= 2
@@ -295,7 +296,6 @@ def test_a_trial_is_a_variant_with_changes() -> None:
     assert trial == {"mine": {"recipe": "bits-reset", "optim.lr": "5e-4", "views.vflip": "0.5"}}
 
 
-@pytest.mark.long
 def test_a_whole_trial_on_the_inner_split(
     vit: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from adaptkit import schedules
 from adaptkit.checkpoints import LAST, PREVIOUS, load_state, load_tensors, save_tensors
 from adaptkit.errors import DataError, Interrupted
 
+pytestmark = pytest.mark.long
+
 # checkpoints at 4 and 8, a line of the log at 9: a run stopped there has `last` of 9 and `previous` of 8
 SETTINGS: dict[str, Any] = {
     "steps": 12,

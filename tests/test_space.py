@@ -21,6 +21,8 @@ from adaptkit.run import Run
 from adaptkit.schedules import Plan
 from adaptkit.space import num_candidates, require_space, require_space_for_run, run_bytes
 
+pytestmark = pytest.mark.long
+
 NO_ROOM = r"No space left on device; free some space \(\d+ MiB needed, \d+ MiB free\)$"
 MANY_BITS = {"objective__num_bits": 10**6, "objective__hidden_dim": 10**6}  # more than any disk holds
 

@@ -150,6 +150,8 @@ import sys, threading, time
 sys.path.append({speed!r})
 from turns import Turns
 
+pytestmark = pytest.mark.long
+
 def work_on():  # as a loader's worker does
     while True:
         sum(range(1000))

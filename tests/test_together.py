@@ -66,6 +66,8 @@ import adaptkit.train
 from adaptkit import schedules
 from adaptkit.cli import main
 
+pytestmark = pytest.mark.long
+
 schedules.MIN_REFIT_STEPS = 2
 torch.set_num_threads(1)
 print("ready", flush=True)

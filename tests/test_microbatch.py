@@ -33,6 +33,8 @@ from adaptkit.recipe import load_recipe, overrides_of
 from adaptkit.schedules import Plan
 from adaptkit.session import Session, open_accelerator
 
+pytestmark = pytest.mark.long
+
 CONTINUOUS = {"objective__num_bits": 256, "objective__output_dim": 16}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "bits": {},
@@ -455,8 +457,6 @@ from adaptkit.backbones import load_backbone
 from adaptkit.errors import DeviceMemoryError
 from test_microbatch import Full
 from tiny_runs import tiny
-
-pytestmark = pytest.mark.long
 
 try:
     adaptkit.adapt(load_backbone(Full(3), image_px=32), sys.argv[1], output=sys.argv[2], **tiny())

@@ -30,6 +30,8 @@ import ratios
 import referee
 from setting import Setting, lightly_arguments
 
+pytestmark = pytest.mark.long
+
 SPEED = ROOT / "benchmarks" / "speed"
 
 
@@ -149,8 +151,6 @@ CHILD = """
 import sys, threading, time
 sys.path.append({speed!r})
 from turns import Turns
-
-pytestmark = pytest.mark.long
 
 def work_on():  # as a loader's worker does
     while True:

@@ -18,6 +18,8 @@ from tiny_runs import adapt, assert_same_run, environment, flags, read
 from adaptkit import schedules
 from adaptkit.recipe import load_recipe
 
+pytestmark = pytest.mark.long
+
 TOGETHER = 4
 ROUNDS = 12
 
@@ -65,8 +67,6 @@ import torch
 import adaptkit.train
 from adaptkit import schedules
 from adaptkit.cli import main
-
-pytestmark = pytest.mark.long
 
 schedules.MIN_REFIT_STEPS = 2
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ class Job:
     precision: str
     batch_size: int
     workers: int
-    bounds: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each part begins and ends in the source."""
+        count = len(self.source)
+        return [(start, min(start + PART_IMAGES, count)) for start in range(0, count, PART_IMAGES)]
 
 
 def embed_files(
@@ -107,7 +112,6 @@ def embed_files(
         precision=precision,
         batch_size=batch_size,
         workers=loader_workers(workers, accelerator.device),
-        bounds=[(start, min(start + PART_IMAGES, len(source))) for start in range(0, len(source), PART_IMAGES)],
     )
     started = time.perf_counter()
     on_main(lambda: _open_parts(job, _key(job, head_file, scale)))

@@ -314,8 +314,9 @@ def test_other_images_behind_the_url_are_named(flaky: str, vit: Path, tmp_path: 
 @pytest.fixture(scope="module")
 def bucket(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`s3://bucket` with the images below photos/ and shards/, behind a server of this machine."""
-    moto = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
+    import moto.server as moto
+    import s3fs
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,11 @@ from adaptkit.probes.intervals import (
     leave_out,
     paired_bootstrap,
     paired_jackknife,
+    resampled_interval,
     t_975,
 )
+from adaptkit.probes.measure import Measurement, Unpaired, compare
+from adaptkit.probes.score import whole_score
 
 
 def mean_of_first(vectors: Tensor) -> float:
@@ -112,6 +117,26 @@ def test_paired_jackknife_is_the_jackknife_of_the_difference() -> None:
     paired = paired_jackknife(mean_of_first, before, after)
     single = jackknife(mean_of_first, after - before)
     assert (paired.value, paired.lo, paired.hi) == pytest.approx((single.value, single.lo, single.hi))
+
+
+def test_a_measure_of_all_images_is_resampled_as_a_mean_is() -> None:
+    values = np.random.default_rng(7).normal(0, 1, 200)
+    lo, hi = resampled_interval(lambda drawn: float(values[drawn].mean()), 200, rounds=4000)
+    assert (lo, hi) == pytest.approx(bootstrap(torch.from_numpy(values), rounds=4000), abs=0.01)
+    some_undefined = resampled_interval(lambda drawn: math.nan if 0 in drawn else float(values[drawn].mean()), 200)
+    assert np.isfinite(some_undefined).all()
+
+
+def test_two_measures_of_all_images_are_compared_on_the_same_draws() -> None:
+    values = np.random.default_rng(8).normal(0, 1, 100)
+    old = whole_score(lambda drawn: float(values[drawn].max()), 100)
+    new = whole_score(lambda drawn: float(values[drawn].max()) + 2, 100)
+    delta = compare(Measurement({"top": old}), Measurement({"top": new}))["top"]
+    assert delta is not None
+    assert (delta.value, delta.lo, delta.hi) == pytest.approx((2, 2, 2))  # unpaired, it would be as wide as theirs
+    fewer = whole_score(lambda drawn: 0.0, 99)
+    with pytest.raises(Unpaired):
+        compare(Measurement({"top": old}), Measurement({"top": fewer}))
 
 
 def test_leave_out_puts_every_image_in_exactly_one_block() -> None:

@@ -52,6 +52,19 @@ def paired_bootstrap(before: Tensor, after: Tensor, *, seed: int = 0, rounds: in
     return Interval(float(gain.mean()), lo, hi)
 
 
+def resampled_interval(
+    of_images: Callable[[np.ndarray], float], num_images: int, *, seed: int = 0, rounds: int = 1000
+) -> tuple[float, float]:
+    """95 % percentile interval of a measure of `num_images` images, drawn anew with repetition (Efron 1979).
+
+    Draws for which the measure is not defined (NaN: a class that no drawn image shows) are left out.
+    """
+    rng = np.random.default_rng(seed)
+    values = [of_images(rng.integers(0, num_images, num_images)) for _ in range(rounds)]
+    lo, hi = np.nanpercentile(values, [2.5, 97.5])
+    return float(lo), float(hi)
+
+
 def jackknife(fn: Callable[[Tensor], float], vectors: Tensor, blocks: int = 20) -> Interval:
     """fn of (N, D) vectors with its block jackknife interval. Raises DataError when N < 4."""
     groups = leave_out(len(vectors), blocks)

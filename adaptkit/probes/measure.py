@@ -12,7 +12,7 @@ from adaptkit.embedding import Embedder, Embeddings
 from adaptkit.errors import DataError
 from adaptkit.probes import PROBES, Interval, Score, neighbour_overlap, paired_bootstrap
 from adaptkit.probes.fixed_views import retrieve_views
-from adaptkit.probes.intervals import jackknife_interval
+from adaptkit.probes.intervals import jackknife_interval, resampled_interval
 from adaptkit.probes.rank import Jackknifed, measure_ranks, rank_scores
 from adaptkit.probes.score import percent_score
 from adaptkit.sources import ImageSource
@@ -98,9 +98,22 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Interval | Non
             if old.per_query.shape != new.per_query.shape:
                 raise Unpaired(f"{name}: some images could be read before but not after; keep the data unchanged")
             deltas[name] = paired_bootstrap(old.per_query, new.per_query) if len(old.per_query) > 1 else None
+        elif old.of_images is not None:
+            deltas[name] = _compare_whole(name, old, new)
     if before.ranks is not None and after.ranks is not None:
         deltas |= _compare_ranks(before.ranks, after.ranks)
     return deltas
+
+
+def _compare_whole(name: str, old: Score, new: Score) -> Interval | None:
+    """Both are measured on the same drawn images."""
+    if old.num_images != new.num_images:
+        raise Unpaired(f"{name}: some images could be read before but not after; keep the data unchanged")
+    before, after = old.of_images, new.of_images
+    if before is None or after is None or old.num_images < 2:
+        return None
+    lo, hi = resampled_interval(lambda drawn: after(drawn) - before(drawn), old.num_images)
+    return Interval(new.value - old.value, lo, hi)
 
 
 def _compare_ranks(before: Jackknifed, after: Jackknifed) -> Mapping[str, Interval | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,15 +73,19 @@ def time_steps(
     original: Backbone,
     workers: int,
     timed: int = TIMED_STEPS,
+    note: Callable[[str], None] = lambda message: None,
 ) -> StepCost:
-    """Train copies of the networks for a few steps that are thrown away. Random state is left as it was."""
+    """Train copies of the networks for a few steps that are thrown away. Random state is left as it was.
+
+    `note` is told what a run would tell.
+    """
     unfrozen = recipe.head.model_copy(update={"warmup": "never", "reset_every": "never"})
     shown = recipe.model_copy(update={"steps": WARM_STEPS + timed, "head": unfrozen})
     plan = Plan.make(shown, len(inputs.train))
     moments: list[float] = []
     waits: list[float] = []
 
-    def note(step: int) -> None:
+    def clock(step: int) -> None:
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         moments.append(time.perf_counter())
@@ -94,9 +99,9 @@ def time_steps(
 
     with torch.random.fork_rng():
         session = open_session(
-            accelerator, plan, inputs.train, original, original.clone(), workers, lambda failures: None
+            accelerator, plan, inputs.train, original, original.clone(), workers, lambda failures: None, note
         )
-        train_in_memory(session, note, start_again)
+        train_in_memory(session, clock, start_again)
     accelerator.free_memory()
     steps = np.diff(moments[WARM_STEPS - 1 :])
     fed = steps - np.diff(waits[WARM_STEPS - 1 :])
@@ -123,14 +128,17 @@ class Forecast:
     plan: Plan
     cost: StepCost
     seconds: float
+    num_processes: int = 1
 
     def to_json(self, device: torch.device) -> dict[str, Any]:
         """For `adapt --dry-run` and `check`; how much memory the device has is null where torch cannot tell."""
-        plan = self.plan
+        plan, share = self.plan, self.plan.batch_size // self.num_processes
         return {
             "steps": plan.total_steps,
             "epochs": plan.total_steps / plan.steps_per_epoch,
             "batch_size": plan.batch_size,
+            "num_processes": self.num_processes,
+            "images_at_once": min(self.cost.micro_batch or share, share),
             "head_draws": sum(plan.is_reset(step) for step in range(plan.total_steps)),
             "step_seconds": self.cost.seconds,
             "seconds": self.seconds,
@@ -141,26 +149,42 @@ class Forecast:
         }
 
 
-def forecast(accelerator: Accelerator, recipe: Recipe, inputs: Inputs, original: Backbone, workers: int) -> Forecast:
-    """Time a few steps and a few embeddings, nothing of which is kept. `recipe` is settled (`prepare.settle`)."""
-    cost = time_steps(accelerator, recipe, inputs, original, workers, TRIED_STEPS)
+def forecast(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    inputs: Inputs,
+    original: Backbone,
+    workers: int,
+    num_processes: int | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Forecast:
+    """Time a few steps and a few embeddings, nothing of which is kept. `recipe` is settled (`prepare.settle`).
+
+    `num_processes`: of the run, where this is one process that stands for all: it times its share of a batch, without
+    the messages between them.
+    """
+    num_processes = num_processes or accelerator.num_processes
+    share = recipe.batch_size * accelerator.num_processes // num_processes
+    tried_recipe = recipe.model_copy(update={"batch_size": share})
+    cost = time_steps(accelerator, tried_recipe, inputs, original, workers, TRIED_STEPS, note)
     recipe = recipe.model_copy(update={"micro_batch": cost.micro_batch})
     tried = inputs.train.subset(np.arange(min(len(inputs.train), recipe.probe.batch_size)))
     embedder = Embedder(recipe.probe.batch_size, workers, device=accelerator.device)
     started = time.perf_counter()
     embedder(original, tried)
-    per_image = (time.perf_counter() - started) / len(tried) / accelerator.num_processes  # a run shares the batches
+    per_image = (time.perf_counter() - started) / len(tried) / num_processes  # a run shares the batches
     plan, passes = Plan.make(recipe, len(inputs.train)), Passes.count(inputs, recipe)
     before = passes.before * per_image
     if recipe.budget is not None:
         plan = fit_budget(plan, len(inputs.train), passes, cost, per_image, before + TIMED_STEPS * cost.seconds)
-    return Forecast(plan, cost, before + run_seconds(plan, passes, cost, per_image))
+    return Forecast(plan, cost, before + run_seconds(plan, passes, cost, per_image), num_processes)
 
 
-def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+def dry_run(recipe: Recipe, reporter: Reporter, num_processes: int | None = None) -> dict[str, Any]:
     """What `adapt --dry-run` says (`adaptkit.dry_run/1`): all that a run checks before its first step, and a forecast.
 
-    Nothing is written. Raises what the run would raise: `UsageError`, `BackboneError`, `DataError`.
+    Nothing is written. `num_processes`: of the run; None for as many as there are now. Raises what the run would
+    raise: `UsageError`, `BackboneError`, `DataError`.
     """
     check_wishes(recipe)
     accelerator = open_accelerator(recipe.precision)
@@ -170,10 +194,11 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         reporter.load_report(original.load_report)
     reporter.phase("reading the images")
     inputs = open_inputs(recipe)
-    recipe = settle(recipe, inputs, accelerator, reporter)
+    recipe = settle(recipe, inputs, accelerator, reporter, num_processes)
     reporter.phase(f"timing {TRIED_STEPS} steps")
     original.module.to(accelerator.device)
-    expected = forecast(accelerator, recipe, inputs, original, loader_workers(recipe.workers, accelerator.device))
+    workers = loader_workers(recipe.workers, accelerator.device)
+    expected = forecast(accelerator, recipe, inputs, original, workers, num_processes, reporter.note)
     return {
         "schema": "adaptkit.dry_run/1",
         "recipe": expected.plan.recipe.model_dump(mode="json"),

@@ -106,9 +106,14 @@ def resolve(
     return Run(run.path, recipe), plan
 
 
-def settle(recipe: Recipe, inputs: Inputs, accelerator: Accelerator, reporter: Reporter) -> Recipe:
-    """The recipe with what depends on machine and images: precision, batch size, and with it the number of steps."""
-    batch_size = fit_batch_size(recipe, len(inputs.train), accelerator.num_processes)
+def settle(
+    recipe: Recipe, inputs: Inputs, accelerator: Accelerator, reporter: Reporter, num_processes: int | None = None
+) -> Recipe:
+    """The recipe with what depends on machine and images: precision, batch size, and with it the number of steps.
+
+    `num_processes`: of the run, where it is not this one that trains.
+    """
+    batch_size = fit_batch_size(recipe, len(inputs.train), num_processes or accelerator.num_processes)
     if batch_size != recipe.batch_size:
         reporter.note(f"batch size {batch_size} instead of {recipe.batch_size}: {len(inputs.train)} training images")
     if inputs.scored is not None and (unknown := inputs.scored.facts["without_gallery"]):

@@ -14,6 +14,7 @@ from adaptkit.backbones import Backbone
 from adaptkit.errors import MachineError
 from adaptkit.objectives import OBJECTIVES
 from adaptkit.schedules import Plan
+from adaptkit.tuning import plan_tuning
 
 MIB = 2**20
 
@@ -41,7 +42,10 @@ def run_bytes(original: Backbone, plan: Plan) -> int:
         head = OBJECTIVES[plan.recipe.objective.name](plan.recipe.objective, plan).build_head(original.embed_dim)
     parts = (original.module, head)
     teacher = sum(_state_bytes(part) for part in parts)
-    moments = 2 * sum(p.nbytes for part in parts for p in part.parameters() if p.requires_grad)  # AdamW's
+    trained = plan_tuning(original, plan.recipe).num_trained(original.module) + sum(
+        p.numel() for p in head.parameters()
+    )
+    moments = 2 * 4 * trained  # AdamW's, float32
     checkpoint = 2 * teacher + moments
     return 3 * checkpoint + (num_candidates(plan) + 1) * teacher  # the export is backbone and head once more
 

@@ -179,3 +179,16 @@ def test_dry_run_says_what_the_run_would_refuse(vit: Path, images: Path, tmp_pat
     assert "not empty" in done.stderr
     with pytest.raises(UsageError, match="this run measures"):
         dry_run(load_recipe(overrides={"data": str(images), "require_gain": "knn_top1>=1"}), Recorder())
+
+
+def test_a_forecast_for_several_processes_times_the_share_of_one(vit: Path, images: Path) -> None:
+    settings = tiny(backbone=str(vit), data=str(images))
+    recipe = load_recipe(overrides={key.replace("__", "."): value for key, value in settings.items()})
+    alone, shared = dry_run(recipe, Recorder(), 1), dry_run(recipe, Recorder(), 2)
+    assert (alone["plan"]["num_processes"], alone["plan"]["images_at_once"]) == (1, 8)
+    assert (shared["plan"]["num_processes"], shared["plan"]["images_at_once"]) == (2, 4)
+    assert shared["plan"]["batch_size"] == shared["recipe"]["batch_size"] == 8
+    assert shared["plan"]["steps"] == alone["plan"]["steps"]
+    assert shared["plan"]["peak_bytes"] <= 1.5 * alone["plan"]["peak_bytes"]
+    with pytest.raises(UsageError, match="does not divide by 3 processes"):
+        dry_run(recipe, Recorder(), 3)

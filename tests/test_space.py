@@ -59,12 +59,14 @@ def test_a_file_system_that_tells_nothing_is_trusted(tmp_path: Path) -> None:
     require_space(tmp_path / "missing", 2**60, tmp_path)
 
 
-@pytest.mark.parametrize("objective", ["bits", "simdino", "dino"])
+@pytest.mark.parametrize(
+    ("objective", "tune"), [("bits", "full"), ("bits", "last-1-blocks"), ("simdino", "full"), ("dino", "full")]
+)
 def test_the_estimate_is_what_a_run_takes(
-    objective: str, vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objective: str, tune: str, vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "MIN_REFIT_STEPS", 2)
-    settings = tiny(objective__name=objective)
+    settings = tiny(objective__name=objective, tune=tune)
     if objective != "bits":
         del settings["objective__num_bits"]
     run = Run.open(adaptkit.adapt(str(vit), images, output=tmp_path / "run", **settings).run)

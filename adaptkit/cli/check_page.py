@@ -84,8 +84,9 @@ def _labels(found: Mapping[str, Any]) -> list[str]:
 def _plan(found: Mapping[str, Any]) -> list[str]:
     memory = f"about {found['peak_bytes'] / GIB:.1f} GiB" if found["peak_bytes"] else "not known here"
     whole = f" of {found['device_bytes'] / GIB:.1f} GiB" if found["device_bytes"] else ""
+    several = f" in {found['num_processes']} processes" if found["num_processes"] > 1 else ""
     return [
-        f"{found['steps']:,} steps of {found['batch_size']} images ({found['epochs']:.1f} epochs)",
+        f"{found['steps']:,} steps of {found['batch_size']} images{several} ({found['epochs']:.1f} epochs)",
         f"about {clock(found['seconds'])} on {found['device']} in {found['precision']}, "
         f"{found['step_seconds']:.2f} s a step; memory {memory}{whole}",
     ]

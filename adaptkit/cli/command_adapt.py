@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.execute import execute
-from adaptkit.cli.launch import check_gpus, gpus_option
+from adaptkit.cli.launch import check_gpus, gpus_option, processes_here
 from adaptkit.cli.options import as_json, overrides, quiet, recipe_options
 from adaptkit.errors import UsageError
 from adaptkit.recipe import Recipe, load_recipe
@@ -51,14 +51,16 @@ def adapt_command(
     check_gpus(gpus)
     folder = Path(output) if output is not None else None
     if dry_run:
-        rehearse(resolved, folder, overwrite, as_json, quiet)
+        rehearse(resolved, folder, overwrite, as_json, quiet, gpus)
         return
     from adaptkit.run import Run  # here, because `adaptkit --help` needs none of it
 
     execute(Run.create(resolved, folder, overwrite), as_json, quiet, gpus)
 
 
-def rehearse(recipe: Recipe, output: Path | None, overwrite: bool, as_json: bool, quiet: bool) -> None:
+def rehearse(
+    recipe: Recipe, output: Path | None, overwrite: bool, as_json: bool, quiet: bool, gpus: int | None
+) -> None:
     """Everything that `adapt` checks before its first step, and a forecast instead of the steps."""
     from adaptkit.cli.console import RichReporter
     from adaptkit.cli.summary import print_document, print_forecast
@@ -69,7 +71,7 @@ def rehearse(recipe: Recipe, output: Path | None, overwrite: bool, as_json: bool
     with RichReporter(quiet) as reporter:
         from adaptkit.estimate import dry_run  # imports torch
 
-        document = dry_run(recipe, reporter)
+        document = dry_run(recipe, reporter, processes_here(gpus))
     if as_json:
         print_document(document)
     else:

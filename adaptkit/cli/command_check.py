@@ -27,12 +27,13 @@ def check_command(recipe: str, assignments: tuple[str, ...], as_json: bool, quie
     resolved = complete(load_recipe(recipe, overrides(flags), assignments))
     from adaptkit.cli.check_page import print_check
     from adaptkit.cli.console import RichReporter
+    from adaptkit.cli.launch import processes_here
     from adaptkit.cli.summary import print_document
 
     with RichReporter(quiet) as reporter:
         from adaptkit.preflight import check_recipe  # imports torch
 
-        result = check_recipe(resolved, reporter)
+        result = check_recipe(resolved, reporter, processes_here())
     if as_json:
         print_document(result.document)
     else:

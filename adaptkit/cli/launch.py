@@ -69,6 +69,11 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def processes_here(gpus: int | None = None) -> int | None:
+    """How many processes a new run would have on this machine; None under a launcher, which decides. Imports torch."""
+    return None if is_launched() else max(1, visible_gpus() if gpus is None else gpus)
+
+
 def count_processes(run: Run, gpus: int | None) -> int:
     """How many processes the run needs on this machine; 1: this one does the work itself. Imports torch.
 

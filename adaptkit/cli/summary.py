@@ -98,6 +98,12 @@ def print_embedded(document: Mapping[str, Any]) -> None:
         _line(console, file)
 
 
+def _several(plan: Mapping[str, Any]) -> list[str]:
+    count = plan["num_processes"]
+    share = plan["batch_size"] // count
+    return [f"{count}, {share} images of a batch each; timed without messages between them"] if count > 1 else []
+
+
 def print_forecast(document: Mapping[str, Any]) -> None:
     """What `adapt --dry-run` found: the recipe as YAML, and the plan."""
     console, plan, data = StreamConsole(sys.stdout), document["plan"], document["data"]
@@ -112,6 +118,7 @@ def print_forecast(document: Mapping[str, Any]) -> None:
         if labels
         else ("labels", "none: the verdict will claim nothing about accuracy"),
         ("steps", f"{plan['steps']:,} of {plan['batch_size']} images ({plan['epochs']:.1f} epochs)"),
+        *(("processes", text) for text in _several(plan)),
         ("head", f"drawn {plan['head_draws']} time{'s' * (plan['head_draws'] != 1)}"),
         ("time", f"about {clock(plan['seconds'])} on {plan['device']}, {plan['step_seconds']:.2f} s a step"),
         ("memory", f"about {plan['peak_bytes'] / 2**30:.1f} GiB" if plan["peak_bytes"] else "not known here"),

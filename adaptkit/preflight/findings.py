@@ -161,12 +161,12 @@ def few(train: int, queries: int, labelled: bool) -> list[Finding]:
     return found
 
 
-def memory(peak_bytes: int, device_bytes: int | None) -> list[Finding]:
-    """A step that nearly fills the GPU."""
+def memory(peak_bytes: int, device_bytes: int | None, advice: str) -> list[Finding]:
+    """A step that nearly fills the GPU; `advice` names what takes less."""
     if device_bytes is None or peak_bytes < NEARLY_FULL * device_bytes:
         return []
     share = f"{100 * peak_bytes / device_bytes:.0f} % of the GPU's memory"
-    return [Finding("memory", f"a step takes {share}; lower --batch-size or views.num_local to be safe")]
+    return [Finding("memory", f"a step takes {share}; to be safe use {advice}")]
 
 
 def _is_too_small(look: Look) -> bool:

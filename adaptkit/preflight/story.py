@@ -14,6 +14,7 @@ from adaptkit.embedding import Embedder
 from adaptkit.errors import AdaptkitError, DataError
 from adaptkit.estimate import forecast
 from adaptkit.inputs import Inputs, open_inputs
+from adaptkit.microbatch import advice
 from adaptkit.preflight.facts import (
     backbone_facts,
     data_facts,
@@ -62,11 +63,15 @@ def check(
     name = backbone if module is None else module_name(module)
     given = {"backbone": name, "data": data, "labels": labels, **settings}
     resolved = load_recipe(recipe, overrides_of(given)).with_absolute_paths()
-    return check_recipe(resolved, reporter or Silent(), module)
+    return check_recipe(resolved, reporter or Silent(), module=module)
 
 
-def check_recipe(recipe: Recipe, reporter: Reporter, module: nn.Module | None = None) -> CheckResult:
+def check_recipe(
+    recipe: Recipe, reporter: Reporter, num_processes: int | None = None, module: nn.Module | None = None
+) -> CheckResult:
     """The preflight of a resolved recipe. Stops where a run would, with what was found so far.
+
+    `num_processes`: of the run; None for as many as there are now.
 
     Raises `UsageError` for a wish that this recipe can never fulfil.
     """
@@ -75,7 +80,7 @@ def check_recipe(recipe: Recipe, reporter: Reporter, module: nn.Module | None = 
     document |= dict.fromkeys(("backbone", "data", "labels", "plan", "worth"))
     error: AdaptkitError | None = None
     try:
-        _fill_(document, recipe, reporter, module)
+        _fill_(document, recipe, reporter, num_processes, module)
         document["ok"] = True
     except AdaptkitError as stopped:
         error = stopped
@@ -87,7 +92,9 @@ def check_recipe(recipe: Recipe, reporter: Reporter, module: nn.Module | None = 
     return CheckResult(document, error)
 
 
-def _fill_(document: dict[str, Any], recipe: Recipe, reporter: Reporter, module: nn.Module | None) -> None:
+def _fill_(
+    document: dict[str, Any], recipe: Recipe, reporter: Reporter, num_processes: int | None, module: nn.Module | None
+) -> None:
     """The story: backbone, images, plan, and whether it is worth it. Raises what a run would raise."""
 
     def warn(found: list[Finding]) -> None:
@@ -102,13 +109,13 @@ def _fill_(document: dict[str, Any], recipe: Recipe, reporter: Reporter, module:
     inputs = open_inputs(recipe)
     look_at_images(document, inputs, original, reporter, warn, recipe.data.max_bad)
 
-    settled = settle(recipe, inputs, accelerator, reporter)
+    settled = settle(recipe, inputs, accelerator, reporter, num_processes)
     reporter.phase("timing a few steps")
     workers = loader_workers(recipe.workers, accelerator.device)
     original.module.to(accelerator.device)
-    expected = forecast(accelerator, settled, inputs, original, workers)
+    expected = forecast(accelerator, settled, inputs, original, workers, num_processes, reporter.note)
     document["plan"] = plan = expected.to_json(accelerator.device)
-    warn(memory(plan["peak_bytes"], plan["device_bytes"]))
+    warn(memory(plan["peak_bytes"], plan["device_bytes"], advice(settled, original.module, plan["images_at_once"])))
 
     reporter.phase("probing the original backbone")
     embedder = Embedder(settled.probe.batch_size, workers, device=accelerator.device)

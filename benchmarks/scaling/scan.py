@@ -1,7 +1,7 @@
-"""Seconds and memory until a run knows its images: a million small ones in tar shards, or in folders.
+"""Seconds and memory until a run knows its images: millions of small ones in tar shards, or in folders.
 
 python benchmarks/scaling/scan.py shards 1000000     # 100 shards
-python benchmarks/scaling/scan.py folders 1000000    # 1,000 files a folder
+python benchmarks/scaling/scan.py folders 10000000   # 1,000 a folder
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ def make_shards(root: Path, count: int, num_shards: int) -> str:
 
 
 def make_folders(root: Path, count: int) -> str:
-    """Empty files; a listing looks at names and sizes only."""
+    """Names of one empty file a folder, as a disk has fewer files than names; a listing looks at names and sizes."""
     for first in range(0, count, PER_FOLDER):
         folder = root / f"folder_{first // PER_FOLDER:05d}"
         folder.mkdir()
-        for number in range(first, min(first + PER_FOLDER, count)):
-            os.mknod(f"{folder}/image_{number:08d}.jpg")
+        one = f"{folder}/image_{first:08d}.jpg"
+        os.mknod(one)
+        for number in range(first + 1, min(first + PER_FOLDER, count)):
+            os.link(one, f"{folder}/image_{number:08d}.jpg")
     return str(root)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from adaptkit.backbones import Backbone, LoadReport
 from adaptkit.backbones.build import is_vit
@@ -193,6 +195,8 @@ def open_session(
             channels_last_(branch.backbone)
     optimizer = build_optimizer(student_branch, plan)
     wrapped, prepared = accelerator.prepare(student_branch, optimizer)
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.broadcast_buffers = False  # they are averaged; as an argument it is deprecated
     multicrop = MultiCrop(recipe.views, original.image_px, side)
     return Session(
         accelerator=accelerator,
@@ -277,9 +281,10 @@ def open_accelerator(precision: str) -> Accelerator:
         raise UsageError("precision fp16 needs a GPU; use --precision bf16 or fp32")
     # a warm-up leaves the backbone without gradients, which plain DDP does not expect
     handlers = [
-        DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+        DistributedDataParallelKwargs(find_unused_parameters=True),
         InitProcessGroupKwargs(timeout=PATIENCE),
     ]
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     return Accelerator(mixed_precision=PRECISIONS[precision], kwargs_handlers=handlers)
 
 

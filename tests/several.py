@@ -52,7 +52,7 @@ def endings(num_processes: int, work: Callable[..., Any], *arguments: Any) -> li
 
 
 def _enter(rank: int, num_processes: int, port: int, file: Path, work: Callable[..., Any], arguments: Any) -> None:
-    warnings.simplefilter("ignore", FutureWarning)  # of torch, about how Accelerate calls it
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     # Accelerate would choose a number of threads by the machine, and with it other roundings
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from adaptkit.probes.measure import Measurement, measure_labelled, selection_sco
 from adaptkit.probes.rank import rank_measures
 from adaptkit.recipe import Recipe, load_recipe
 from adaptkit.sources import FolderSource, ImageSource, evenly_spaced, open_folder, open_labelled, split
+from adaptkit.tuning import merged, plan_tuning, tune_
 from adaptkit.views import photometric
 
 METRICS = {"knn_top1": "knn", "linear_top1": "linear", "retrieval_map": "retrieval"}
@@ -210,11 +211,13 @@ def teachers(run: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
     yield last, with_prefix(tensors, "teacher.")
 
 
-def backbone_of(teacher: dict[str, Tensor], original: Backbone) -> Backbone:
-    """The backbone of a teacher."""
-    backbone = original.clone()
-    backbone.module.load_state_dict(with_prefix(teacher, "backbone."))
-    return backbone
+def backbone_of(teacher: dict[str, Tensor], original: Backbone, recipe: Recipe) -> Backbone:
+    """The backbone of a teacher, LoRA matrices merged into it."""
+    backbone, state = original.clone(), with_prefix(teacher, "backbone.")
+    if any(".lora_A." in name for name in state):  # a candidate is merged already
+        tune_(backbone.module, plan_tuning(original, recipe), recipe.seed)
+    backbone.module.load_state_dict(state)
+    return replace(backbone, module=merged(original.module, backbone.module))
 
 
 def bits_head(recipe: Recipe, teacher: dict[str, Tensor], embed_dim: int) -> nn.Module | None:
@@ -237,7 +240,7 @@ def measure_teachers(
     for step, teacher in teachers(run) if checkpoints else list(teachers(run))[-1:]:
         if step == 0 and measured:  # stopped before a first step was saved
             continue
-        backbone = backbone_of(teacher, original)
+        backbone = backbone_of(teacher, original, recipe)
         row = {"step": step, "backbone": backbone, "scores": images.measure(backbone)}
         if held_out:
             row["label_free"] = held_out.measure(backbone, bits_head(recipe, teacher, original.embed_dim))

@@ -419,7 +419,7 @@ def test_files_that_may_not_be_read(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     inside = namespaces() if os.geteuid() == 0 else []  # root reads everything, unless it gives that up
     words = [*inside, sys.executable, "-c", FORBIDDEN, str(tmp_path)]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200, check=True)
     permission = "cannot be read (Permission denied)"
     assert done.stdout.splitlines() == [
         "decode.jpg bad Permission denied",

@@ -34,7 +34,7 @@ launch.visible_gpus = lambda: 2
 main(prog_name="adaptkit")
 """
 LONG = {"steps": 4000, "probe.every": "100%", "checkpoint_every": "100%"}
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_a_signal_stops_all_and_resuming_ends_as_undisturbed(
         kill(pid, number)
     output, errors = launcher.communicate(timeout=DEADLINE_S)
     assert launcher.returncode == 75, errors
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
     assert "Traceback" not in errors
     assert json.loads(output)["error"]["exit_code"] == read(tmp_path / "run", "status.json")["exit_code"] == 75
     assert not any(map(is_running, ranks.values()))

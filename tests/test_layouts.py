@@ -235,7 +235,7 @@ def test_endless_nesting_is_refused_quickly(tmp_path: Path) -> None:
     for _ in range(12):
         inner = dict.fromkeys(WRAPPERS, inner)  # 24 ** 12 ways down
     inner[".".join(["model"] * 3000)] = torch.ones(1)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(BackboneError, match="0 parameters fit"):
         loaded(inner, tmp_path)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5

@@ -60,7 +60,7 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path} | extra
 
 
-def command(*arguments: object, timeout: float = 120, **extra: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run `adaptkit ARGUMENTS` in a process of its own."""
     words = [sys.executable, "-m", "adaptkit", *map(str, arguments)]
     return subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=timeout)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,16 @@ def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
     bad = BadImages(tmp_path / "bad.jsonl", 1, "1%")
     bad.add(source.path(0), "truncated")
     assert BadImages(tmp_path / "bad.jsonl", 1, "1%").paths == {source.path(0)}
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "b.jpg", "c.jpg"), ("a/1.jpg", "a.jpg", "a-b/1.jpg", "b.jpg")])
+def test_a_fingerprint_is_of_the_sorted_paths(names: tuple[str, ...], tmp_path: Path) -> None:
+    fill(tmp_path, *names)
+    source = open_folder(tmp_path)
+    facts = sorted((os.fsencode(name), (tmp_path / name).stat().st_size) for name in names)
+    expected = blake2b(b"".join(b"%d\0%s\0" % (size, name) for name, size in facts), digest_size=16).hexdigest()
+    assert fingerprint(source) == expected
+    assert fingerprint(source.subset(np.arange(len(names))[::-1])) == expected
 
 
 def test_symbolic_links(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from adaptkit.schedules import Plan
 
 NAME = "report.html"
 PICTURES = "pictures.json"
+CODES, CODES_PICTURES = "codes.json", "codes_pictures.json"  # of `adaptkit codes`; runs do without
 
 
 def write_page(run: Run, report: Mapping[str, Any]) -> None:
@@ -31,6 +32,8 @@ def write_page(run: Run, report: Mapping[str, Any]) -> None:
         bad_images=_records(run.path / "bad_images.jsonl", notes),
         manifest=_document(run, "manifest.json", notes),
         pictures=_document(run, PICTURES, notes),
+        codes=_document(run, CODES, notes, wanted=False),
+        codes_pictures=_document(run, CODES_PICTURES, notes, wanted=False),
         resets=_resets(run, report),
         notes=notes,
     )
@@ -54,14 +57,14 @@ def try_page(run: Run, report: dict[str, Any], note: Callable[[str], None]) -> N
         note(f"{NAME} could not be made ({reason}); all else is there, and `adaptkit report {run.path}` tries again")
 
 
-def _document(run: Run, name: str, notes: list[str]) -> dict[str, Any]:
-    """A JSON file of the run; empty, with a note, when it is not there or damaged."""
+def _document(run: Run, name: str, notes: list[str], wanted: bool = True) -> dict[str, Any]:
+    """A JSON file of the run; empty, with a note, when it is damaged or `wanted` and not there."""
     try:
         document = run.read_json(name)
     except (UsageError, OSError):
         notes.append(f"{name} is damaged.")
         return {}
-    if document is None:
+    if document is None and wanted:
         notes.append(f"{name} is not there.")
     return document or {}
 

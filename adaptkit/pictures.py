@@ -76,7 +76,7 @@ class Pool:
         shown = list(rows)
         for row in shown:
             if row not in self.thumbs:
-                self.thumbs[row] = _thumbnail_of(self.source, self.numbers[self.before.paths[row]])
+                self.thumbs[row] = thumbnail_of(self.source, self.numbers[self.before.paths[row]])
         return shown
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -228,9 +228,9 @@ def views(seen: Seen) -> list[dict[str, Any]]:
         count = len(drawn.global_crops)
         parts = {"global": (drawn.global_crops, drawn.factors[:count])}
         parts["local"] = (drawn.local_crops, drawn.factors[count:])
-        pictures = {name: [_jpeg(view) for view in _as_seen(seen, *part)] for name, part in parts.items()}
+        pictures = {name: [jpeg(view) for view in _as_seen(seen, *part)] for name, part in parts.items()}
         sides = {"global_px": seen.multicrop.global_px, "local_px": seen.multicrop.local_px}
-        shown.append({"path": seen.train.path(index), "jpeg": _thumbnail_of(seen.train, index)} | sides | pictures)
+        shown.append({"path": seen.train.path(index), "jpeg": thumbnail_of(seen.train, index)} | sides | pictures)
     return shown
 
 
@@ -243,17 +243,17 @@ def _as_seen(seen: Seen, crops: Tensor, factors: Tensor) -> list[Image.Image]:
     return [F.to_pil_image(view) for view in (x.clamp(0, 1) * 255).round().to(torch.uint8)]
 
 
-def _thumbnail_of(source: FolderSource, index: int) -> str | None:
+def thumbnail_of(source: FolderSource, index: int, px: int = THUMB_PX) -> str | None:
     """The centre square, about what a probe sees; None if the image cannot be read any more."""
     try:
-        return _jpeg(source.read(index))
+        return jpeg(source.read(index), px)
     except BadImage:
         return None
 
 
-def _jpeg(image: Image.Image) -> str:
-    """At most 96 px a side, never enlarged; JPEG, base64."""
-    side = min(THUMB_PX, *image.size)
+def jpeg(image: Image.Image, px: int = THUMB_PX) -> str:
+    """At most `px` a side, never enlarged; JPEG, base64."""
+    side = min(px, *image.size)
     buffer = io.BytesIO()
     ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=QUALITY)
     return b64encode(buffer.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 runs/NAME/  recipe.yaml  status.json  manifest.json  metrics.jsonl  bad_images.jsonl  images.index
             checkpoints/  cache/  backbone/  head.safetensors  report.json  report.md  report.html  pictures.json
+            codes.json  codes_pictures.json  (by `adaptkit codes`)
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ OURS = (
     "report.md",
     "report.html",
     "pictures.json",
+    "codes.json",
+    "codes_pictures.json",
 )
 RUNNING = "running"  # the state of a run that has not ended, or was killed
 PART = re.compile(r"(\.\d+)?\.part$")

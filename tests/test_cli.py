@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from adaptkit import errors
 from adaptkit.cli import main
 from adaptkit.cli.command_adapt import adapt_command
+from adaptkit.cli.command_codes import codes_command
 from adaptkit.cli.command_demo import demo_command
 from adaptkit.cli.command_embed import embed_command
 from adaptkit.cli.command_export import export_command
@@ -123,11 +124,12 @@ def test_commands_and_options_are_those_of_the_contract() -> None:
         resume_command: "gpus json quiet",
         embed_command: "backbone data output codes overwrite weights no-pretrained allow-missing readout seed "
         "precision batch-size workers scale json quiet",
+        codes_command: "data labels attributes seed precision batch-size workers json quiet",
         export_command: "format output overwrite push-to-hub public json quiet",
         report_command: "schema json quiet",
         demo_command: "output overwrite gpus weights no-pretrained seed precision json quiet",
     }
-    names = {"adapt", "backbones", "check", "demo", "embed", "export", "probe", "recipes", "report", "resume"}
+    names = {"adapt", "backbones", "check", "codes", "demo", "embed", "export", "probe", "recipes", "report", "resume"}
     assert set(main.commands) == names
     for command in main.commands.values():
         assert {"--json", "--quiet"} <= {name for o in command.params for name in o.opts}

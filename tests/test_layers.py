@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "adaptkit"
 LAYERS = (  # top to bottom; a part may import what stands in a lower line
     ("cli",),
     ("train",),
-    ("preflight",),
+    ("preflight", "language"),
     ("vectors", "formats", "pushing"),
     ("caching", "pictures"),
     ("estimate",),

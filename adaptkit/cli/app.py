@@ -12,6 +12,7 @@ import adaptkit
 from adaptkit.cli.command_adapt import adapt_command
 from adaptkit.cli.command_backbones import backbones_command
 from adaptkit.cli.command_check import check_command
+from adaptkit.cli.command_codes import codes_command
 from adaptkit.cli.command_demo import demo_command
 from adaptkit.cli.command_embed import embed_command
 from adaptkit.cli.command_export import export_command
@@ -92,6 +93,7 @@ for command in (
     report_command,
     probe_command,
     embed_command,
+    codes_command,
     export_command,
     backbones_command,
     recipes_command,

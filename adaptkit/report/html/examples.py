@@ -50,7 +50,7 @@ def _neighbours(images: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -
 def _maps(images: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict[str, Any]:
     """{sides: [{name, percent, svg}], legend: [(key, name)], num_others}; coloured by class, else by place."""
     labelled = images[0]["class"] is not None
-    looks, legend, num_others = _by_class(images) if labelled else (_by_place(found["before"]["points"]), [], 0)
+    looks, legend, num_others = by_class(images) if labelled else (by_place(found["before"]["points"]), [], 0)
     named = [
         (style, shape, f"{image['class']}: {image['path']}" if labelled else image["path"])
         for (style, shape), image in zip(looks, images, strict=True)
@@ -64,7 +64,7 @@ def _maps(images: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict
     return {"sides": sides, "legend": legend, "num_others": num_others}
 
 
-def _by_class(images: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, int]], list[tuple[Any, str]], int]:
+def by_class(images: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, int]], list[tuple[Any, str]], int]:
     """Looks of every image, the legend, and how many classes share the last look: there are ten colours."""
     counts = Counter(image["class"] for image in images)
     names = sorted(counts)
@@ -76,7 +76,7 @@ def _by_class(images: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, int]
     return looks, legend, len(counts) - len(names)
 
 
-def _by_place(points: Sequence[Sequence[float]]) -> list[tuple[str, int]]:
+def by_place(points: Sequence[Sequence[float]]) -> list[tuple[str, int]]:
     """Seven tones of equally many images, along the first component of the original."""
     order = sorted(range(len(points)), key=lambda index: (points[index][0], index))
     place = {index: rank * NUM_TONES // len(points) for rank, index in enumerate(order)}

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from adaptkit.report.html.charts import number, whisker, whisker_reach
 from adaptkit.report.html.curves import draw_curves
 from adaptkit.report.html.examples import draw_examples
+from adaptkit.report.html.language import draw_language
 from adaptkit.report.markdown import (
     INTERVALS,
     LABEL_FREE,
@@ -61,6 +62,8 @@ class Facts:
     pictures: Mapping[str, Any] = field(default_factory=dict)
     resets: Sequence[int] = ()
     notes: Sequence[str] = ()
+    codes: Mapping[str, Any] = field(default_factory=dict)
+    codes_pictures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def render_html(facts: Facts) -> str:
@@ -73,12 +76,13 @@ def render_html(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    report = facts.report
+    report, notes = facts.report, list(facts.notes)
+    language = _language(facts, notes)
     backbone = visible(str((report.get("files") or {}).get("backbone", "backbone")))
     return environment.get_template("page.html.jinja").render(
         name=facts.name,
-        notes=facts.notes,
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        notes=notes,
+        style=_style("style.css", *(["language.css"] if language else [])),
         report=report,
         verdict=VERDICTS.get(report["verdict"], report["verdict"]),
         label_free=report.get("evidence") == "label_free",
@@ -91,6 +95,7 @@ def render_html(facts: Facts) -> str:
         candidates=_candidates(report),
         curves=draw_curves(facts.log, facts.resets, report),
         examples=draw_examples(facts.pictures),
+        language=language,
         bad_images=facts.bad_images[:MAX_BAD_SHOWN],
         data=_data(report, len(facts.bad_images)),
         speed=_speed(report.get("throughput") or {}, report.get("training") or {}),
@@ -100,6 +105,19 @@ def render_html(facts: Facts) -> str:
         snippet=_lines(snippet(f"RUN/{backbone}", loads_in_timm(report))),
         by_timm=loads_in_timm(report),
     )
+
+
+def _language(facts: Facts, notes: list[str]) -> dict[str, Any] | None:
+    """The section of the codes; a note where it cannot be made of what is there."""
+    try:
+        return draw_language(facts.codes, facts.codes_pictures)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        notes.append("codes.json is damaged.")
+        return None
+
+
+def _style(*names: str) -> Markup:
+    return Markup("".join((HERE / name).read_text(encoding="utf-8") for name in names))
 
 
 def _printable(value: Any) -> Any:

@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adaptkit.backbones import load_backbone
-from adaptkit.embedding import Embedder
-from adaptkit.errors import DataError, UsageError, did_you_mean
+from adaptkit.backbones import Backbone, load_backbone
+from adaptkit.embedding import Embedder, Embeddings
+from adaptkit.errors import DataError, DeviceMemoryError, UsageError, did_you_mean
 from adaptkit.places import FILES, kind_of
-from adaptkit.probes import PROBES
-from adaptkit.probes.measure import Measurement, compare, measure_labelled
+from adaptkit.probes import DEFAULT_PROBES, LABEL_FREE, PROBES, SOURCE_PROBES, Interval, Score
+from adaptkit.probes.drift import drift_scores
+from adaptkit.probes.fixed_views import embed_views
+from adaptkit.probes.lidar import lidar_score
+from adaptkit.probes.measure import Measurement, Unpaired, compare, measure_labelled
 from adaptkit.report.document import deltas_to_json, scores_to_json
-from adaptkit.sources import ImageSource, Scale, has_class_folders, open_images, open_labelled
+from adaptkit.report.numbers import REFERENCE
+from adaptkit.sources import FolderSource, Scale, has_class_folders, open_images, open_labelled
+from adaptkit.vector_cache import VectorCache
+
+PROBE_SCHEMA = "adaptkit.probe/1"
+NEITHER_BETTER = frozenset({"rankme", "d_eff", "r_eff", "alpha_req", "lidar"})  # more of them alone is not better
+UNCORRECTED = "intervals are per metric, not corrected for how many metrics are compared"
+
+OwnProbe = Callable[..., Measurement]
+"""(backbone, data, queries or None, *, seed, precision, batch_size, workers, device) -> scores that `compare` pairs."""
+
+
+def _of_module(name: str) -> OwnProbe:
+    """`adaptkit.dense.NAME.measure`, imported when it is called: no other probe needs it."""
+
+    def measure(*args: Any, **options: Any) -> Measurement:
+        module = f"adaptkit.dense.{name}"
+        try:
+            found: OwnProbe = importlib.import_module(module).measure
+        except ModuleNotFoundError as error:
+            if error.name not in ("adaptkit.dense", module):
+                raise
+            raise UsageError(
+                f"probe {name!r}: this installation has no {module}; install a version that does"
+            ) from None
+        return found(*args, **options)
+
+    return measure
+
+
+OWN_DATA: dict[str, OwnProbe] = {name: _of_module(name) for name in ("segmentation", "objects", "video")}
+"""Probes that open their data themselves, because it is more than images and classes."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +61,43 @@ class ProbeResult:
     document: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class ProbeData:
+    """Gallery and queries; of images without labels both are all of them."""
+
+    gallery: FolderSource
+    queries: FolderSource
+    num_without_gallery: int = 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Their numbers, as the document gives them."""
+        names = self.queries.class_names
+        return {
+            "num_gallery": len(self.gallery),
+            "num_queries": len(self.queries),
+            "num_without_gallery": self.num_without_gallery,
+            "num_classes": len(names) if names else None,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Each backbone's scores on one data set, what differs between the two, and facts of the data."""
+
+    of_each: list[Measurement]
+    drift: dict[str, Score]
+    facts: dict[str, Any]
+
+
 def probe(
     backbones: str | Sequence[str],
     data: str | Path,
     *,
     queries: str | Path | None = None,
     metrics: Sequence[str] | None = None,
+    reference: str | Path | None = None,
+    cache: str | Path | None = None,
     weights: str | None = None,
     pretrained: bool = True,
     allow_missing: tuple[str, ...] = (),
@@ -45,87 +111,186 @@ def probe(
     """Evaluate a backbone on labelled images, with 95 % intervals; of two, the second is compared with the first.
 
     `data` is gallery and training set, `queries` what is scored; see `open_labelled` for what happens without. Images
-    without class folders have no labels and get the rank measures only. `metrics` names probes: knn, linear,
-    retrieval, rank. Raises `UsageError`, `BackboneError`, `DataError`.
+    without class folders have no labels and get the rank measures only. `metrics` names probes: those of `PROBES`,
+    lidar, drift, or one of `OWN_DATA`, whose `data` has a layout of its own. The same probes on `reference` show what
+    the second backbone has forgotten. `cache` is a folder that keeps embeddings for other commands. Raises
+    `UsageError`, `BackboneError`, `DataError`, `DeviceMemoryError`.
     """
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed} must lie between 0 and 2**63 - 1")
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     chosen = _probe_names(metrics)
-    loaded = [
-        load_backbone(
-            n, weights=weights, pretrained=pretrained, allow_missing=allow_missing, readout=readout, seed=seed
-        )
-        for n in names
-    ]
-    gallery, asked, without_gallery = _open_probe_data(data, queries, seed, scale, chosen if metrics else None)
-    labelled = asked.class_names is not None
-    chosen = chosen if labelled else ["rank"]
-    embedder = Embedder(
-        batch_size, workers or 0, precision, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    measured = []
-    for backbone in loaded:
-        vectors = embedder(backbone, asked)
-        measured.append(measure_labelled(embedder(backbone, gallery) if labelled else vectors, vectors, chosen))
-    document = {
-        "schema": PROBE_SCHEMA,
-        "backbone": names[0],
-        "data": str(data),
-        "metrics": scores_to_json(measured[0].scores),
-        "num_gallery": len(gallery),
-        "num_queries": len(asked),
-        "num_without_gallery": without_gallery,
-        "num_classes": len(asked.class_names) if asked.class_names else None,
-        "num_bad": len({path for path, _ in measured[0].failures}),
-        "seed": seed,
-    }
-    if len(names) > 1:
-        document |= _compare_two(names[1], *measured)
-    return ProbeResult(document)
+    _check(chosen, len(names), seed, reference, cache, scale)
+    kept = None if cache is None else VectorCache.make(cache)
+    options: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "allow_missing": allow_missing}
+    loaded = [load_backbone(name, readout=readout, seed=seed, **options) for name in names]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    embedder = Embedder(batch_size, workers or 0, precision, device)
 
+    def measure(place: str | Path, asked: str | Path | None) -> Measured:
+        if chosen[0] in OWN_DATA:
+            return _measure_own_data(chosen[0], loaded, Path(place), Path(asked) if asked else None, seed, embedder)
+        opened = _open_probe_data(place, asked, seed, scale, chosen if metrics else None)
+        return _measure(loaded, opened, chosen if opened.queries.class_names or metrics else ["rank"], embedder, kept)
 
-PROBE_SCHEMA = "adaptkit.probe/1"
+    try:
+        here, there = measure(data, queries), None if reference is None else measure(reference, None)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(f"{device}: out of memory while probing; use a smaller batch size") from error
+    result = {"schema": PROBE_SCHEMA, "backbone": names[0], "data": str(data), "seed": seed}
+    return ProbeResult(result | _document(names, here, there) | _reference_facts(reference, there))
 
 
 def _probe_names(metrics: Sequence[str] | None) -> list[str]:
+    known = [*PROBES, *SOURCE_PROBES, *OWN_DATA]
     for name in metrics or ():
-        if name not in PROBES:
-            hint = did_you_mean(name, list(PROBES))
-            raise UsageError(f"unknown probe {name!r}; the probes are {', '.join(PROBES)}{hint}")
-    return list(dict.fromkeys(metrics or PROBES))
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise UsageError(f"unknown probe {name!r}; the probes are {', '.join(known)}{hint}")
+    chosen = list(dict.fromkeys(metrics or DEFAULT_PROBES))
+    own = [name for name in chosen if name in OWN_DATA]
+    if own and len(chosen) > 1:
+        others = ", ".join(name for name in chosen if name != own[0])
+        raise UsageError(f"probe {own[0]!r} reads --data in a layout of its own; give {others} a command of their own")
+    return chosen
+
+
+def _check(
+    chosen: Sequence[str], count: int, seed: int, reference: str | Path | None, cache: str | Path | None, scale: Scale
+) -> None:
+    """Raises `UsageError` for what cannot be asked of these probes."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} must lie between 0 and 2**63 - 1")
+    if "drift" in chosen and count < 2:
+        raise UsageError(
+            "probe 'drift' says how far one backbone is from another; give two, as in --backbone A --backbone B"
+        )
+    if reference is not None and count < 2:
+        raise UsageError("--reference shows what the second of two backbones has forgotten; give --backbone twice")
+    if chosen[0] in OWN_DATA and (cache is not None or scale != "range"):
+        option = "--scale" if cache is None else "--cache"
+        raise UsageError(f"probe {chosen[0]!r} reads its images itself and takes no {option}; leave it out")
 
 
 def _open_probe_data(
     data: str | Path, queries: str | Path | None, seed: int, scale: Scale, asked_for: Sequence[str] | None
-) -> tuple[ImageSource, ImageSource, int]:
-    """Gallery, queries, and how many were left out because the gallery lacks their class.
-
-    A folder without labels is both, if no probe that needs labels was asked for.
-    """
-    needs_labels = asked_for is None or any(name != "rank" for name in asked_for)
+) -> ProbeData:
+    """A folder without labels is gallery and queries, if no probe that needs labels was asked for."""
+    needing = [name for name in asked_for or DEFAULT_PROBES if name not in LABEL_FREE]
     has_no_labels = kind_of([str(data)]) != ("", FILES) or (Path(data).is_dir() and not has_class_folders(data))
     if queries is None and has_no_labels:
-        if asked_for is not None and needs_labels:
+        if asked_for is not None and needing:
             raise DataError(
-                f"{data}: no class folders, so there are no labels for {', '.join(asked_for)}; try --metric rank"
+                f"{data}: no class folders, so there are no labels for {', '.join(needing)}; try --metric rank"
             )
         images = open_images([data], scale)
-        return images, images, 0
+        return ProbeData(images, images)
     labelled = open_labelled(data, queries, seed, scale)
-    return labelled.gallery, labelled.queries, len(labelled.left_out) if labelled.left_out else 0
+    return ProbeData(labelled.gallery, labelled.queries, len(labelled.left_out) if labelled.left_out else 0)
 
 
-def _compare_two(name: str, first: Measurement, second: Measurement) -> dict[str, Any]:
-    deltas = compare(first, second)
-    primary = next(iter(first.scores))
-    delta = deltas.get(primary)  # None: too few images for an interval
-    if delta is None:
-        word = "cannot tell"
+def _measure(
+    backbones: Sequence[Backbone], data: ProbeData, chosen: Sequence[str], embedder: Embedder, cache: VectorCache | None
+) -> Measured:
+    """Every image is embedded once for all probes, which compute on the embedder's device."""
+    of_sets = [name for name in chosen if name in PROBES]
+    of_each: list[Measurement] = []
+    vectors: list[Embeddings] = []
+    for backbone in backbones:
+        backbone.module.to(embedder.device)
+        measured, queries = Measurement({}), None
+        if of_sets or "drift" in chosen:
+            queries = _embed(backbone, data.queries, embedder, cache)
+            vectors.append(queries)
+        if of_sets and queries is not None:
+            gallery = queries if data.gallery is data.queries else _embed(backbone, data.gallery, embedder, cache)
+            measured = measure_labelled(gallery, queries, of_sets)
+        if "lidar" in chosen:
+            of_views = (cache.views if cache else embed_views)(backbone, data.gallery, embedder)
+            measured |= Measurement(lidar_score(of_views.to(embedder.device)))
+        of_each.append(measured)
+    drift = _drift(*vectors) if "drift" in chosen else {}
+    failures = [] if of_sets or not vectors else vectors[0].failures
+    of_each[0] |= Measurement({}, failures=tuple(failures))
+    return Measured(of_each, drift, data.facts)
+
+
+def _embed(backbone: Backbone, source: FolderSource, embedder: Embedder, cache: VectorCache | None) -> Embeddings:
+    made = cache.embeddings(backbone, source, embedder) if cache else embedder(backbone, source)
+    labels = None if made.labels is None else made.labels.to(embedder.device)
+    return replace(made, vectors=made.vectors.to(embedder.device), labels=labels)
+
+
+def _drift(first: Embeddings, second: Embeddings) -> dict[str, Score]:
+    if first.paths != second.paths:
+        raise Unpaired("drift: some images could be read for one backbone but not the other; keep the data unchanged")
+    return drift_scores(first.vectors, second.vectors)
+
+
+def _measure_own_data(
+    name: str, backbones: Sequence[Backbone], data: Path, queries: Path | None, seed: int, embedder: Embedder
+) -> Measured:
+    measure = OWN_DATA[name]
+    options = {"batch_size": embedder.batch_size, "workers": embedder.workers, "device": embedder.device}
+    of_each = [measure(b, data, queries, seed=seed, precision=embedder.precision, **options) for b in backbones]
+    counts = [_num_images(score) for score in of_each[0].scores.values()]
+    facts = {"num_gallery": None, "num_queries": max(counts, default=0), "num_without_gallery": 0, "num_classes": None}
+    return Measured(of_each, {}, facts)
+
+
+def _num_images(score: Score) -> int:
+    return score.num_images if score.per_query is None else len(score.per_query)
+
+
+def _document(names: Sequence[str], here: Measured, there: Measured | None) -> dict[str, Any]:
+    of_each, drift = here.of_each, here.drift
+    if there is not None:
+        of_each = [own | _of_reference(other) for own, other in zip(of_each, there.of_each, strict=True)]
+        drift = drift | _renamed(there.drift)
+    first = of_each[0]
+    document = here.facts | {
+        "metrics": scores_to_json(first.scores),
+        "num_bad": len({path for path, _ in first.failures}),
+        "notes": list(first.notes),
+    }
+    if drift:
+        document["drift"] = scores_to_json(drift)
+    if len(names) > 1:
+        deltas = compare(*of_each)
+        document["notes"] += [UNCORRECTED] * (len(deltas) > 1)
+        document |= _compared(names[1], of_each, deltas)
+    return document
+
+
+def _of_reference(measured: Measurement) -> Measurement:
+    notes = tuple(f"{REFERENCE.rstrip('_')}: {note}" for note in measured.notes)
+    return Measurement(_renamed(measured.scores), failures=measured.failures, notes=notes)
+
+
+def _renamed(scores: Mapping[str, Score]) -> dict[str, Score]:
+    return {REFERENCE + name: score for name, score in scores.items()}
+
+
+def _reference_facts(reference: str | Path | None, there: Measured | None) -> dict[str, Any]:
+    return {} if there is None else {"reference": {"data": str(reference)} | there.facts}
+
+
+def _compared(name: str, of_each: Sequence[Measurement], deltas: Mapping[str, Interval | None]) -> dict[str, Any]:
+    """The second backbone's scores, the differences, and a verdict on the first metric of which more is better."""
+    first, second = of_each
+    primary = next((m for m in first.scores if m not in NEITHER_BETTER), next(iter(first.scores), None))
+    if primary is None:
+        verdict = f"{name}: drift says how far it is from the first, not whether it is better"
     else:
-        word = "better" if delta.lo > 0 else "worse" if delta.hi < 0 else "no difference beyond doubt"
+        words = ("higher", "lower") if primary in NEITHER_BETTER else ("better", "worse")
+        verdict = f"{name}: {_word(deltas.get(primary), *words)} in {primary}"
     return {
         "compared_with": {"backbone": name, "metrics": scores_to_json(second.scores)},
         "delta": deltas_to_json(deltas),
-        "verdict": f"{name}: {word} in {primary}",
+        "primary_metric": primary,
+        "verdict": verdict,
     }
+
+
+def _word(delta: Interval | None, above: str, below: str) -> str:
+    if delta is None:  # too few images for an interval
+        return "cannot tell"
+    return above if delta.lo > 0 else below if delta.hi < 0 else "no difference beyond doubt"

@@ -119,8 +119,8 @@ def test_commands_and_options_are_those_of_the_contract() -> None:
         adapt_command: "backbone data output labels recipe set epochs steps budget batch-size lr workers select "
         "require-gain max-bad cache compile gpus weights no-pretrained allow-missing readout seed precision overwrite "
         "dry-run json quiet",
-        probe_command: "backbone data queries metric weights no-pretrained allow-missing readout seed precision "
-        "batch-size workers scale json quiet",
+        probe_command: "backbone data queries metric reference cache weights no-pretrained allow-missing readout "
+        "seed precision batch-size workers scale json quiet",
         resume_command: "gpus json quiet",
         embed_command: "backbone data output codes overwrite weights no-pretrained allow-missing readout seed "
         "precision batch-size workers scale json quiet",

@@ -156,7 +156,8 @@ def test_measurements_are_joined() -> None:
 # --- probe
 
 DOCUMENT = {"schema", "backbone", "data", "metrics", "num_gallery", "num_queries", "num_classes", "num_bad", "seed"} | {
-    "num_without_gallery"
+    "num_without_gallery",
+    "notes",
 }
 
 
@@ -208,7 +209,7 @@ def test_probe_of_unlabelled_images_measures_ranks(vit: Path, tmp_path: Path) ->
 
 def test_probe_of_two_backbones_compares_them(vit: Path, other: Path, labelled: Path) -> None:
     document = adaptkit.probe([str(vit), str(other)], labelled, metrics=["knn", "rank"]).document
-    assert set(document) == DOCUMENT | {"compared_with", "delta", "verdict"}
+    assert set(document) == DOCUMENT | {"compared_with", "delta", "primary_metric", "verdict"}
     second = document["compared_with"]
     assert second["backbone"] == str(other)
     for name, delta in document["delta"].items():

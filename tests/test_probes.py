@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptkit.embedding import Embeddings
 from adaptkit.errors import BackboneError, DataError
-from adaptkit.probes import PROBES, d_eff, neighbour_overlap, r_eff, rankme, view_retrieval
+from adaptkit.probes import DEFAULT_PROBES, LABEL_FREE, PROBES, d_eff, neighbour_overlap, r_eff, rankme, view_retrieval
 from adaptkit.probes.knn import probe_knn
 from adaptkit.probes.linear import choose_strength, fit, objective, predict, probe_linear, stratified_mask
 from adaptkit.probes.rank import probe_rank
@@ -286,7 +286,7 @@ def test_every_probe_refuses_what_it_cannot_score(gallery: Embeddings, queries: 
         empty = embeddings(torch.ones(0, 12), torch.ones(0, dtype=torch.int64))
         with pytest.raises(DataError, match="no image"):
             probe(empty, empty)
-        if name == "rank":
+        if name in LABEL_FREE:
             continue
         with pytest.raises(DataError, match="needs labels"):
             probe(gallery, embeddings(queries.vectors, None))
@@ -295,13 +295,19 @@ def test_every_probe_refuses_what_it_cannot_score(gallery: Embeddings, queries: 
 
 
 def test_metric_names(gallery: Embeddings, queries: Embeddings) -> None:
-    names = {metric for probe in PROBES.values() for metric in probe(gallery, queries)}
-    assert names == {"knn_top1", "linear_top1", "retrieval_map", "rankme", "d_eff", "r_eff"}
+    names = {name: set(probe(gallery, queries)) for name, probe in PROBES.items()}
+    assert set().union(*(names[name] for name in DEFAULT_PROBES)) == {
+        *("knn_top1", "linear_top1", "retrieval_map"),
+        *("rankme", "d_eff", "r_eff"),
+    }
+    assert names["few-shot"] == {f"few_shot_{size}" for size in (1, 2, 5, 10, 20)}
+    assert names["clustering"] == {"cluster_accuracy", "nmi", "ari"}
+    assert names["alpha-req"] == {"alpha_req"}
 
 
 def test_a_single_query_has_a_score_but_no_interval(gallery: Embeddings, queries: Embeddings) -> None:
     assert queries.labels is not None
     one = embeddings(queries.vectors[:1], queries.labels[:1])
     for name, probe in PROBES.items():
-        if name != "rank":  # scores the gallery
+        if name not in LABEL_FREE:  # they score the gallery
             assert all(score.ci95 is None for score in probe(gallery, one).values())

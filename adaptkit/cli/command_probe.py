@@ -10,6 +10,12 @@ from adaptkit.cli.options import as_json, embedding_options, quiet
 from adaptkit.errors import UsageError
 
 MOST_BACKBONES = 2
+DEFAULTS = ("knn", "linear", "retrieval", "rank")  # a test compares them with the probes there are
+NAMES = (
+    *DEFAULTS,
+    *("few-shot", "clustering", "alpha-req", "lidar", "drift"),
+    *("segmentation", "objects", "video"),
+)
 
 
 @click.command("probe", short_help="Evaluate a backbone, or compare two.")
@@ -23,7 +29,14 @@ MOST_BACKBONES = 2
 )
 @click.option("--data", required=True, metavar="FOLDER|CSV", help="Labelled images: gallery and training set.")
 @click.option("--queries", metavar="FOLDER|CSV", help="Labelled images to score.  [default: test/, or half of --data]")
-@click.option("--metric", "metrics", metavar="NAME,...", help="Probes to run, as in knn,retrieval.  [default: all]")
+@click.option(
+    "--metric",
+    "metrics",
+    metavar="NAME,...",
+    help=f"Probes to run, as in knn,retrieval ({', '.join(NAMES)}).  [default: {','.join(DEFAULTS)}]",
+)
+@click.option("--reference", metavar="FOLDER|CSV", help="Run the probes on these too: what the second has forgotten.")
+@click.option("--cache", metavar="FOLDER", help="Keep embeddings here and use those that are there.")
 @embedding_options
 @as_json
 @quiet
@@ -32,6 +45,8 @@ def probe_command(
     data: str,
     queries: str | None,
     metrics: str | None,
+    reference: str | None,
+    cache: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -39,7 +54,8 @@ def probe_command(
     """Evaluate a backbone on labelled images, with 95 % intervals; two --backbone are compared, paired.
 
     Labelled images are folders of class folders, or a CSV with the header `path,label`. With train/ and test/ inside
-    --data, train is the gallery and test is scored; otherwise a stratified half is, chosen by the seed.
+    --data, train is the gallery and test is scored; otherwise a stratified half is, chosen by the seed. The probes
+    segmentation, objects and video read --data in layouts of their own, each in a command of its own.
     """
     if len(backbones) > MOST_BACKBONES:
         raise UsageError(f"--backbone is given {len(backbones)} times; give one, or two to compare")
@@ -49,6 +65,7 @@ def probe_command(
     from adaptkit.cli.console import RichReporter
     from adaptkit.cli.summary import print_document, print_probe
 
+    options |= {"reference": reference, "cache": cache}
     given = {name: value for name, value in options.items() if value is not None}
     with RichReporter(quiet) as reporter:
         reporter.phase(f"probing {' and '.join(backbones)} on {data}")

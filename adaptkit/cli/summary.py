@@ -16,7 +16,7 @@ from adaptkit.cli.failure import one_line
 from adaptkit.cli.listing import line as _line
 from adaptkit.cli.listing import table as _table
 from adaptkit.report.markdown import INTERVALS, LABEL_FREE, is_original, loads_in_timm, metric_order, snippet
-from adaptkit.report.numbers import change_text, score_text
+from adaptkit.report.numbers import REFERENCE, change_text, score_text
 
 VERDICT_STYLES = {"improved": "bold green", "collapsed": "bold red"}
 
@@ -62,28 +62,62 @@ def print_run(report: Mapping[str, Any], run: Path) -> None:
 
 
 def print_probe(document: Mapping[str, Any]) -> None:
-    """The result of `probe`: one backbone's scores, or two with the paired difference."""
-    console, metrics, other = StreamConsole(sys.stdout), document["metrics"], document.get("compared_with")
-    header, rows = ["metric", "value"], [[name, score_text(name, score)] for name, score in metrics.items()]
+    """The result of `probe`: one backbone's scores, or two with the paired difference; then those on the reference."""
+    console, other, reference = StreamConsole(sys.stdout), document.get("compared_with"), document.get("reference")
     _line(console, "")
     if other:
         _line(console, f"A  {document['backbone']}")
         _line(console, f"B  {other['backbone']}")
-        header = ["metric", "A", "B", "change, A to B"]
-        for row in rows:
-            name = row[0]
-            row += [score_text(name, other["metrics"].get(name)), change_text(document["delta"].get(name))]
     else:
         _line(console, str(document["backbone"]))
     _line(console, "")
-    _table(console, header, rows)
+    _probe_tables(console, document, "")
     if document.get("verdict"):
         _line(console, str(document["verdict"]), "bold", wrap=True)
-    sizes = f"{document['num_gallery']:,} gallery images, {document['num_queries']:,} queries"
-    if left_out := document.get("num_without_gallery"):
+    for note in document.get("notes") or ():
+        _line(console, f"{note[:1].upper()}{note[1:]}.", "dim", wrap=True)
+    _line(console, f"{_probe_sizes(document)}, seed {document['seed']}. {INTERVALS}", "dim", wrap=True)
+    if reference:
+        _line(console, "")
+        _line(console, f"On the reference data {reference['data']}", "bold")
+        _line(console, f"{_probe_sizes(reference)}; in --json the names begin with {REFERENCE}", "dim", wrap=True)
+        _line(console, "")
+        _probe_tables(console, document, REFERENCE)
+
+
+def _probe_tables(console: StreamConsole, document: Mapping[str, Any], prefix: str) -> None:
+    """The metrics whose names begin with `prefix`, without it: that fits four columns into 80."""
+    other, drift = document.get("compared_with"), document.get("drift") or {}
+    header, rows = ["metric", "A", "B", "change, A to B"] if other else ["metric", "value"], []
+    for name, score in _of_prefix(document["metrics"], prefix).items():
+        row = [name, score_text(name, score)]
+        if other:
+            after, delta = (group.get(prefix + name) for group in (other["metrics"], document["delta"]))
+            row += [score_text(name, after), change_text(delta, metric=name)]
+        rows.append(row)
+    if rows:
+        _table(console, header, rows)
+    if drifted := _of_prefix(drift, prefix):
+        rows = [[name, score_text(name, score)] for name, score in drifted.items()]
+        _table(console, ("drift", "kept, A to B"), rows)
+
+
+def _of_prefix(scores: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """An empty prefix means those that are not of the reference."""
+    return {
+        name.removeprefix(prefix): score
+        for name, score in scores.items()
+        if (name.startswith(prefix) if prefix else not name.startswith(REFERENCE))
+    }
+
+
+def _probe_sizes(facts: Mapping[str, Any]) -> str:
+    gallery, left_out = facts.get("num_gallery"), facts.get("num_without_gallery")
+    sizes = f"{facts['num_queries']:,} queries" if gallery else f"{facts['num_queries']:,} images"
+    sizes = f"{gallery:,} gallery images, {sizes}" if gallery else sizes
+    if left_out:
         sizes += f" ({left_out:,} left out: no image of their class in the gallery)"
-    classes = f", {document['num_classes']} classes" if document.get("num_classes") else ""
-    _line(console, f"{sizes}{classes}, seed {document['seed']}. {INTERVALS}", "dim", wrap=True)
+    return sizes + (f", {facts['num_classes']} classes" if facts.get("num_classes") else "")
 
 
 def print_embedded(document: Mapping[str, Any]) -> None:

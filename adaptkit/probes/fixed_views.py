@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from adaptkit.backbones import Backbone
 from adaptkit.embedding import Embedder
+from adaptkit.errors import DataError
 from adaptkit.loading import start_worker
 from adaptkit.probes.views import view_retrieval
 from adaptkit.settings import ViewSettings
@@ -55,11 +56,19 @@ def _stack(items: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] |
     return (torch.stack([g[0] for g in good]), torch.stack([g[1] for g in good])) if good else None
 
 
-@torch.inference_mode()
 def retrieve_views(backbone: Backbone, source: ImageSource, embedder: Embedder) -> Tensor:
     """(N,) 0 or 1: whether each image's second view finds its first among all images' first views.
 
     Unreadable images are left out.
+    """
+    return view_retrieval(*embed_views(backbone, source, embedder).unbind(dim=1))
+
+
+@torch.inference_mode()
+def embed_views(backbone: Backbone, source: ImageSource, embedder: Embedder) -> Tensor:
+    """(N, 2, D) float32, CPU: both views of every readable image, in float32 where the backbone is.
+
+    Raises DataError when no image is readable.
     """
     dataset = FixedViews(source, backbone.image_px)
     loader = DataLoader(
@@ -81,5 +90,7 @@ def retrieve_views(backbone: Backbone, source: ImageSource, embedder: Embedder) 
             sides.append(backbone.module(x).float().cpu().clone())  # not a view that holds all tokens of the batch
         embedded.append(sides)
     backbone.module.train(training)
-    first, second = zip(*filter(None, embedder.share.gather(embedded)), strict=True)
-    return view_retrieval(torch.cat(first), torch.cat(second))
+    batches = [torch.stack(sides, dim=1) for sides in embedder.share.gather(embedded) if sides]
+    if not batches:
+        raise DataError(f"none of the {len(source)} images could be read; check the data")
+    return torch.cat(batches)

@@ -19,7 +19,7 @@ def probe_knn(gallery: Embeddings, queries: Embeddings, *, k: int = 20, temperat
     labels, truth, num_classes = labels_of(gallery, queries)
     hits = []
     for rows, similarity, index in nearest(queries.vectors, gallery.vectors, k):
-        votes = torch.zeros(len(index), num_classes)
+        votes = torch.zeros(len(index), num_classes, device=index.device)
         votes.scatter_add_(1, labels[index], (similarity / temperature).exp())  # (b, classes)
         hits.append(votes.argmax(dim=1) == truth[rows])
     return {"knn_top1": percent_score(torch.cat(hits))}
@@ -35,15 +35,15 @@ def nearest(
     k = min(k, len(gallery) - exclude_self)
     for rows, similarity in cosine_blocks(queries, gallery):
         if exclude_self:
-            similarity[torch.arange(len(similarity)), torch.arange(rows.start, rows.stop)] = -torch.inf
+            similarity[:, rows].fill_diagonal_(-torch.inf)
         top = similarity.topk(k, dim=1)
         yield rows, top.values, top.indices
 
 
 def cosine_blocks(queries: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(Q, D), (N, D) -> (query rows, their cosine similarities (b, N)), never the whole Q x N matrix at once."""
-    queries, gallery = F.normalize(queries.float(), dim=1), F.normalize(gallery.float(), dim=1)
+    gallery = F.normalize(gallery.float(), dim=1)  # of the queries only those at hand: that spares a copy of all
     size = max(1, SIMILARITIES_AT_ONCE // len(gallery))
     for start in range(0, len(queries), size):
         rows = slice(start, min(start + size, len(queries)))
-        yield rows, queries[rows] @ gallery.T
+        yield rows, F.normalize(queries[rows].float(), dim=1) @ gallery.T

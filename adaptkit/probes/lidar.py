@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import DataError
+from adaptkit.probes.score import Score, check_all_finite, jackknifed_scores
 
 DELTA = 1e-4  # added to the within-image covariance, so that it can be inverted
+
+
+def lidar_score(views: Tensor) -> dict[str, Score]:
+    """(N, Q, D) -> `lidar` with a block jackknife interval. Raises DataError when N < 2, NotFinite."""
+    check_all_finite(views)
+    return jackknifed_scores(lambda some: {"lidar": lidar(some)}, views)
 
 
 def lidar(views: Tensor) -> float:

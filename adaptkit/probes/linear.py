@@ -55,10 +55,10 @@ def stratified_mask(labels: Tensor, share: float) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in sorted(set(labels.tolist())):
-        members = (labels == label).nonzero().flatten()
+        members = (labels.cpu() == label).nonzero().flatten()
         count = min(max(1, round(share * len(members))), len(members) - 1)
         mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return mask
+    return mask.to(labels.device)
 
 
 def fit(inputs: Tensor, labels: Tensor, num_classes: int, strength: float, *, start: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,13 +11,13 @@ from adaptkit.backbones import Backbone
 from adaptkit.embedding import Embedder, Embeddings
 from adaptkit.errors import DataError
 from adaptkit.probes import PROBES, Interval, Score, neighbour_overlap, paired_bootstrap
+from adaptkit.probes.few_shot import size_note
 from adaptkit.probes.fixed_views import retrieve_views
 from adaptkit.probes.intervals import jackknife_interval, resampled_interval
-from adaptkit.probes.rank import Jackknifed, measure_ranks, rank_scores
+from adaptkit.probes.rank import rank_scores
 from adaptkit.probes.score import percent_score
 from adaptkit.sources import ImageSource
 
-RANK_METRICS = ("rankme", "d_eff", "r_eff")
 KEPT_WEIGHT = 0.005  # from 19 runs (docs/quality.md): below 0.0075 the choice is one; 0.1 always chose the original
 LABEL_PROBES = ("knn", "linear", "retrieval")
 
@@ -28,32 +28,27 @@ class Unpaired(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """Scores by metric name; the embeddings and jackknife parts that a comparison needs again."""
+    """Scores by metric name; the embeddings that a comparison needs again; what a reader should know of them."""
 
     scores: dict[str, Score]
     vectors: Tensor | None = None  # (N, D) of the target images
     failures: tuple[tuple[str, str], ...] = ()
-    ranks: Jackknifed | None = None  # of `vectors`
     queries: Embeddings | None = None  # what was scored: labelled queries, without labels the target images
+    notes: tuple[str, ...] = ()
 
     def __or__(self, other: Measurement) -> Measurement:
-        later = self if other.vectors is None else other
+        vectors = self.vectors if other.vectors is None else other.vectors
         scores, failures = self.scores | other.scores, self.failures + other.failures
-        return Measurement(scores, later.vectors, failures, later.ranks, self.queries or other.queries)
+        return Measurement(scores, vectors, failures, self.queries or other.queries, self.notes + other.notes)
 
 
 def measure_labelled(gallery: Embeddings, queries: Embeddings, names: Sequence[str]) -> Measurement:
     """The named probes: `gallery` is searched and fitted on, `queries` are scored."""
     scores: dict[str, Score] = {}
-    ranks = None
     for name in names:
-        if name == "rank":  # as the probe does, keeping what a comparison needs
-            ranks = measure_ranks(gallery)
-            scores |= rank_scores(ranks)
-        else:
-            scores |= PROBES[name](gallery, queries)
-    vectors = None if ranks is None else gallery.vectors
-    return Measurement(scores, vectors, gallery.failures + queries.failures, ranks, queries)
+        scores |= PROBES[name](gallery, queries)
+    note = size_note(gallery) if "few-shot" in names else None
+    return Measurement(scores, None, gallery.failures + queries.failures, queries, (note,) if note else ())
 
 
 def measure_target(
@@ -73,13 +68,12 @@ def measure_target(
             f"{len(before)} images could be read before but {len(plain.vectors)} now; keep the data unchanged"
         )
     kept = neighbour_overlap(before, plain.vectors)
-    ranks = measure_ranks(plain)
-    scores = rank_scores(ranks) | {
+    scores = rank_scores(plain) | {
         "view_retrieval_top1": percent_score(found),
         "neighbour_overlap": percent_score(kept),
         "selection_score": percent_score(selection_score(found, kept)),
     }
-    return Measurement(scores, plain.vectors, plain.failures, ranks, plain)
+    return Measurement(scores, plain.vectors, plain.failures, plain)
 
 
 def selection_score(found: Tensor, kept: Tensor) -> Tensor:
@@ -100,8 +94,9 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Interval | Non
             deltas[name] = paired_bootstrap(old.per_query, new.per_query) if len(old.per_query) > 1 else None
         elif old.of_images is not None:
             deltas[name] = _compare_whole(name, old, new)
-    if before.ranks is not None and after.ranks is not None:
-        deltas |= _compare_ranks(before.ranks, after.ranks)
+        elif old.sizes and old.sizes == new.sizes:  # both left out the same images, which their number alone decides
+            parts = [b - a for a, b in zip(old.parts, new.parts, strict=True)]
+            deltas[name] = jackknife_interval(new.value - old.value, parts, old.sizes)
     return deltas
 
 
@@ -114,16 +109,3 @@ def _compare_whole(name: str, old: Score, new: Score) -> Interval | None:
         return None
     lo, hi = resampled_interval(lambda drawn: after(drawn) - before(drawn), old.num_images)
     return Interval(new.value - old.value, lo, hi)
-
-
-def _compare_ranks(before: Jackknifed, after: Jackknifed) -> Mapping[str, Interval | None]:
-    """Paired: both left out the same images, which their number alone decides."""
-    if before.sizes != after.sizes or not before.sizes:
-        return {}
-    pairs = list(zip(before.parts, after.parts, strict=True))
-    return {
-        name: jackknife_interval(
-            after.whole[name] - before.whole[name], [b[name] - a[name] for a, b in pairs], before.sizes
-        )
-        for name in RANK_METRICS
-    }

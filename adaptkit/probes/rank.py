@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adaptkit.embedding import Embeddings
-from adaptkit.probes.intervals import jackknife_interval, leave_out
-from adaptkit.probes.score import Score, check_finite
+from adaptkit.probes.score import Score, check_finite, jackknifed_scores
 
 RANKME_EPS = 1e-7
-BLOCKS = 20
 FIRST_RANK = 11  # of the fit of alpha_req, where there are enough
 MIN_EIGENVALUE = 1e-12  # of the largest: below it there is only rounding
 
@@ -23,40 +20,22 @@ def probe_rank(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
 
     The gallery, because it is the larger set: the measures grow with the number of images until that is many times D.
     """
-    return rank_scores(measure_ranks(gallery))
+    return rank_scores(gallery)
 
 
-@dataclass(frozen=True)
-class Jackknifed:
-    """The rank measures of N images, and of them without each of the blocks (none where N < 4)."""
-
-    whole: dict[str, float]
-    parts: tuple[dict[str, float], ...]
-    sizes: tuple[int, ...]  # images of each block
-
-    @classmethod
-    def of(cls, vectors: Tensor) -> Jackknifed:
-        """(N, D). One eigendecomposition for all three measures, 21 in all."""
-        groups = leave_out(len(vectors), BLOCKS) if len(vectors) >= 4 else []
-        parts = tuple(rank_measures(vectors[kept]) for kept in groups)
-        return cls(rank_measures(vectors), parts, tuple(len(vectors) - len(kept) for kept in groups))
+def probe_alpha_req(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
+    """`alpha_req` of the gallery's embeddings, with a block jackknife interval."""
+    check_finite(gallery)
+    return jackknifed_scores(lambda vectors: {"alpha_req": alpha_req(vectors)}, gallery.vectors)
 
 
-def measure_ranks(embeddings: Embeddings) -> Jackknifed:
-    """Raises DataError when there is nothing to measure, NotFinite when a vector is not finite."""
+def rank_scores(embeddings: Embeddings) -> dict[str, Score]:
+    """Each measure with its interval, from one eigendecomposition for all three, 21 in all.
+
+    Raises DataError when there is nothing to measure, NotFinite when a vector is not finite.
+    """
     check_finite(embeddings)
-    return Jackknifed.of(embeddings.vectors)
-
-
-def rank_scores(measured: Jackknifed) -> dict[str, Score]:
-    """Each measure with its interval."""
-    if not measured.parts:
-        return {name: Score(value) for name, value in measured.whole.items()}
-    scores = {}
-    for name, value in measured.whole.items():
-        interval = jackknife_interval(value, [part[name] for part in measured.parts], measured.sizes)
-        scores[name] = Score(value, None, (interval.lo, interval.hi))
-    return scores
+    return jackknifed_scores(rank_measures, embeddings.vectors)
 
 
 def rankme(vectors: Tensor) -> float:

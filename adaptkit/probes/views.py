@@ -18,5 +18,5 @@ def view_retrieval(view_a: Tensor, view_b: Tensor) -> Tensor:
         raise ValueError(f"views must come from the same images, got {tuple(view_a.shape)} and {tuple(view_b.shape)}")
     if len(view_a) < 2:
         raise DataError(f"{len(view_a)} images: recognising a view needs at least 2; add images")
-    own = torch.arange(len(view_a))
+    own = torch.arange(len(view_a), device=view_a.device)
     return torch.cat([(index[:, 0] == own[rows]).float() for rows, _, index in nearest(view_b, view_a, 1)])

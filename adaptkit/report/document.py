@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -30,9 +31,13 @@ class _Interval(Protocol):
 
 
 def scores_to_json(scores: Mapping[str, _Score]) -> dict[str, Any]:
-    """{metric: {value, ci95: [lo, hi] or null}}."""
+    """{metric: {value, ci95: [lo, hi] or null}}; the value is null where it is infinite."""
     return {
-        name: {"value": score.value, "ci95": list(score.ci95) if score.ci95 else None} for name, score in scores.items()
+        name: {
+            "value": score.value if math.isfinite(score.value) else None,  # no law fits: alpha_req of a narrow cloud
+            "ci95": list(score.ci95) if score.ci95 else None,
+        }
+        for name, score in scores.items()
     }
 
 

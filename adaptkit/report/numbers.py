@@ -14,8 +14,13 @@ PERCENT = frozenset(
         "bit_agreement",
         "selection_score",
         "neighbour_overlap",
+        "cluster_accuracy",
+        *(f"few_shot_{size}" for size in (1, 2, 5, 10, 20)),
     }
 )
+DIGITS = {"nmi": 2, "ari": 2, "alpha_req": 2, "cka": 3}  # small numbers; 2 where the columns A and B need the room
+DELTA_DIGITS = dict.fromkeys(DIGITS, 3)
+REFERENCE = "reference_"  # before the names of metrics on a reference data set
 MISSING = "n/a"
 LARGE = 100  # from here on digits after the point say nothing
 
@@ -27,12 +32,13 @@ def value_text(metric: str, value: float | None, digits: int = 1) -> str:
 
 def score_text(metric: str, score: Mapping[str, Any] | None, digits: int = 1) -> str:
     """{"value", "ci95"} -> `61.2% [58.1, 64.3]`."""
-    return _text(score, digits, "", "%" if metric in PERCENT else "")
+    name = metric.removeprefix(REFERENCE)
+    return _text(score, DIGITS.get(name, digits), "", "%" if name in PERCENT else "")
 
 
-def change_text(delta: Mapping[str, Any] | None, digits: int = 1) -> str:
+def change_text(delta: Mapping[str, Any] | None, digits: int = 1, metric: str = "") -> str:
     """{"value", "ci95"} of a difference -> `+3.2 [+1.1, +5.3]`; in percentage points where the metric is in percent."""
-    return _text(delta, digits, "+", "")
+    return _text(delta, DELTA_DIGITS.get(metric.removeprefix(REFERENCE), digits), "+", "")
 
 
 def _text(score: Mapping[str, Any] | None, digits: int, sign: str, unit: str) -> str:

@@ -99,7 +99,7 @@ def embed(
     try:
         # the teacher of a run may be compiled for the sizes and the precision of training, which are not these
         eager = torch.compiler.set_stance("force_eager")
-        with eager, _frozen(backbone.module, target), _exact_float32(), torch.inference_mode():
+        with eager, frozen(backbone.module, target), exact_float32(), torch.inference_mode():
             for batch in loader:
                 vectors = None
                 if batch.pixels is not None:
@@ -148,7 +148,7 @@ def _forward(backbone: Backbone, pixels: Tensor, precision: str) -> Tensor:
 
 
 @contextmanager
-def _frozen(module: nn.Module, target: torch.device) -> Iterator[None]:
+def frozen(module: nn.Module, target: torch.device) -> Iterator[None]:
     """Evaluation mode on `target`; afterwards every module has its own mode and the old device back."""
     home, modes = _device_of(module), [(m, m.training) for m in module.modules()]
     try:
@@ -161,7 +161,7 @@ def _frozen(module: nn.Module, target: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """No TF32: cuDNN rounds float32 convolutions to 10 bits by default, and training may have allowed it elsewhere."""
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [each.fp32_precision for each in settings]

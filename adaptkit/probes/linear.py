@@ -31,12 +31,15 @@ def probe_linear(gallery: Embeddings, queries: Embeddings) -> dict[str, Score]:
     return {"linear_top1": percent_score(predicted == truth)}
 
 
-def choose_strength(inputs: Tensor, labels: Tensor, num_classes: int) -> tuple[float, Tensor | None]:
+def choose_strength(
+    inputs: Tensor, labels: Tensor, num_classes: int, held_out: Tensor | None = None
+) -> tuple[float, Tensor | None]:
     """The L2 strength with the best accuracy on a held-out fifth of the gallery (ties: the lower loss there).
 
-    With it the weights fitted to the other four fifths, a good start for the fit to all.
+    With it the weights fitted to the other four fifths, a good start for the fit to all. `held_out` (N,) bool says
+    which fifth it is, where it must not be drawn one by one.
     """
-    held_out = stratified_mask(labels, HELD_OUT)
+    held_out = stratified_mask(labels, HELD_OUT) if held_out is None else held_out
     if not bool(held_out.any()):  # one image per class: nothing to choose by
         return STRENGTHS[len(STRENGTHS) // 2], None
     problem = Problem.of(inputs[~held_out], labels[~held_out], num_classes)

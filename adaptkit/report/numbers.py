@@ -15,6 +15,7 @@ PERCENT = frozenset(
         "selection_score",
         "neighbour_overlap",
         "cluster_accuracy",
+        *("miou", "pixel_accuracy", "corloc", "ap50", "video_j", "video_f", "video_jf"),
         *(f"few_shot_{size}" for size in (1, 2, 5, 10, 20)),
     }
 )

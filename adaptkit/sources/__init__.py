@@ -7,6 +7,8 @@ from adaptkit.sources.cache import is_large as is_large
 from adaptkit.sources.cache import refuse_foreign as refuse_foreign
 from adaptkit.sources.decoding import ImageFacts as ImageFacts
 from adaptkit.sources.decoding import decode as decode
+from adaptkit.sources.decoding import decode_indices as decode_indices
+from adaptkit.sources.decoding import decode_sized as decode_sized
 from adaptkit.sources.decoding import image_facts as image_facts
 from adaptkit.sources.duplicates import dhash as dhash
 from adaptkit.sources.duplicates import near_duplicates as near_duplicates

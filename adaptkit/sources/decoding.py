@@ -119,6 +119,17 @@ def decode_sized(
         return _upright(to_rgb(pixels), _orientation(image)), min(width, height)
 
 
+def decode_indices(path: Path) -> NDArray[np.uint8]:
+    """(H, W) numbers of classes or objects, from a PNG mask: grey levels or palette entries. Raises `BadImage`."""
+    with _opened(path) as image:
+        if not isinstance(image, PngImageFile) or image.mode not in ("1", "L", "P"):
+            kind = f"{image.format} {image.mode}"
+            raise BadImage(str(path), f"is {kind}, but a mask is a PNG, 8-bit grey or palette, of class numbers")
+        _check_png(path, None)
+        spread = {"L;2": 85, "L;4": 17}.get(raw_mode(image), 1)  # PIL stretches these to 0..255
+        return np.asarray(image).astype(np.uint8) // np.uint8(spread)
+
+
 def image_facts(path: Path, content: bytes | None = None) -> ImageFacts:
     """Read only the header of an image file, or of the bytes of one.
 

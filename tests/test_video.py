@@ -37,14 +37,22 @@ def test_things_that_move_by_whole_patches_are_followed(tmp_path: Path) -> None:
     write_video(tmp_path, "one", moving_things(0, 5))
     write_video(tmp_path, "two", moving_things(2, 5, starts=((8, 8), (40, 64)), steps=((0, 8), (0, -8)), side=16))
     nano = measured("nano", tmp_path)
-    j, f, both = (nano.scores[name].per_query for name in ("video_j", "video_f", "video_jf"))
-    assert j is not None
-    assert f is not None
-    assert both is not None
-    assert len(j) == 3  # objects, of the videos in order of their names
-    assert j.min() > 85  # a box loses its corners, which are drawn out of whole patches
-    torch.testing.assert_close(both, (j + f) / 2)
+    j, f, both = (nano.scores[name] for name in ("video_j", "video_f", "video_jf"))
+    assert j.num_images == 2
+    assert j.of_images is not None
+    assert min(j.of_images(np.array([0])), j.of_images(np.array([1]))) > 85  # boxes lose corners: patches are squares
+    assert both.value == pytest.approx((j.value + f.value) / 2)
     assert all(delta is not None and delta.lo == delta.hi == 0 for delta in compare(nano, nano).values())
+
+
+def test_an_interval_draws_whole_videos() -> None:
+    one, two = np.array([0.2, 0.4, 0.6]), np.array([1.0])
+    score = video.mean_score([one, two])
+    assert score.value == pytest.approx(55)  # of the four objects
+    assert score.of_images is not None
+    assert score.of_images(np.array([1, 1])) == pytest.approx(100)
+    assert score.of_images(np.array([0, 1])) == pytest.approx(score.value)
+    assert score.ci95 == pytest.approx((40, 100))
 
 
 def slow_propagate(
@@ -168,6 +176,10 @@ def test_a_list_names_the_videos(vit: Path, tmp_path: Path) -> None:
     (tmp_path / "ImageSets/2017").mkdir(parents=True)
     (tmp_path / "ImageSets/2017/val.txt").write_text("b\n")
     assert [each.name for each in video.open_videos(tmp_path)] == ["b"]
+    for outside in ("../b", "/b", ".."):
+        (tmp_path / "ImageSets/2017/val.txt").write_text(f"b\n{outside}\n")
+        with pytest.raises(DataError, match="is no name of a folder"):
+            measured(vit, tmp_path)
     (tmp_path / "ImageSets/2017/val.txt").write_text("b\nc\n")
     with pytest.raises(DataError, match=r"JPEGImages/480p/c: no such folder"):
         video.open_videos(tmp_path)

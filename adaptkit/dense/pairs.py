@@ -11,7 +11,7 @@ import numpy as np
 
 from adaptkit.dense.masks import IGNORED, check_size, read_mask
 from adaptkit.errors import DataError, MachineError
-from adaptkit.sources import BadImage, image_facts
+from adaptkit.sources import BadImage, upright_size
 from adaptkit.sources.source import hash_order, shown
 
 IMAGES, MASKS = "images", "masks"
@@ -87,12 +87,10 @@ def _largest(pair: Pair) -> int:
     """The largest class of a mask, -1 if all of it is ignored. Raises `DataError` for a mask of another size."""
     mask = read_mask(pair.mask)
     try:
-        facts = image_facts(pair.image)
+        size = upright_size(pair.image)[::-1]
     except BadImage as bad:
         raise DataError(f"{shown(pair.image)}: {bad.reason}; mend it, or take it and its mask away") from None
-    size = (facts.height, facts.width)
-    if mask.shape != size[::-1]:  # an EXIF tag may turn the image, which is known when it is read
-        check_size(mask, pair.mask, size, pair.image)
+    check_size(mask, pair.mask, size, pair.image)
     known = mask[mask != IGNORED]
     return int(known.max()) if known.size else -1
 

@@ -20,7 +20,7 @@ from adaptkit.dense.patches import fitting_size, patch_size, patch_tokens
 from adaptkit.embedding import AUTOCAST, exact_float32, frozen
 from adaptkit.errors import DataError, DeviceMemoryError, NotFinite, UsageError, did_you_mean
 from adaptkit.loading import start_worker
-from adaptkit.sources import BadImage, decode_sized, image_facts
+from adaptkit.sources import BadImage, decode_sized, upright_size
 from adaptkit.sources.source import shown
 
 READ_AT_ONCE = 32  # decoded images that a worker hands over together
@@ -62,13 +62,10 @@ class _Files(Dataset[_Read | BadImage]):
     def __getitem__(self, index: int) -> _Read | BadImage:
         file, fit = self.files[index], self.fit
         try:
-            facts = image_facts(file)
+            size = upright_size(file)[::-1]
             image, _ = decode_sized(file, max(fit.least, fit.most))
         except BadImage as bad:
             return bad
-        size = (facts.height, facts.width)
-        is_turned = (image.height > image.width) != (size[0] > size[1]) and size[0] != size[1]  # by its EXIF tag
-        size = (size[1], size[0]) if is_turned else size
         height, width = fitting_size(*size, fit.patch, least=fit.least, most=fit.most)
         resized = image.resize((width, height), str_to_pil_interp(fit.interpolation))
         return _Read(pil_to_tensor(resized), size)

@@ -21,7 +21,7 @@ from adaptkit.dense.propagation import first_shares, object_numbers, propagate
 from adaptkit.dense.tokens import TokenReader, Tokens
 from adaptkit.errors import DataError, MachineError, UsageError
 from adaptkit.probes.measure import Measurement
-from adaptkit.probes.score import percent_score
+from adaptkit.probes.score import Score, whole_score
 from adaptkit.sources.source import shown
 
 FRAMES, ANNOTATIONS, NAMES = Path("JPEGImages/480p"), Path("Annotations/480p"), Path("ImageSets/2017/val.txt")
@@ -60,18 +60,27 @@ def measure(
         raise UsageError("video: nothing is fitted, so there are no queries apart from the data; leave --queries out")
     videos = open_videos(data)
     reader = TokenReader(backbone, SHORT_SIDE, precision, batch_size, workers, device)
-    per_object: list[NDArray[np.float64]] = []
+    per_video: list[NDArray[np.float64]] = []
     with reader.ready():
         seen = reader([frame for video in videos for frame in video.frames[:-1]])
         for video in videos:
-            per_object.append(follow(video, islice(seen, len(video.frames) - 1)))
-    shares = torch.from_numpy(np.concatenate(per_object))  # (all objects, 2)
+            per_video.append(follow(video, islice(seen, len(video.frames) - 1)))
     return Measurement(
         {
-            "video_jf": percent_score(shares.mean(dim=1)),
-            "video_j": percent_score(shares[:, 0]),
-            "video_f": percent_score(shares[:, 1]),
+            "video_jf": mean_score([shares.mean(axis=1) for shares in per_video]),
+            "video_j": mean_score([shares[:, 0] for shares in per_video]),
+            "video_f": mean_score([shares[:, 1] for shares in per_video]),
         }
+    )
+
+
+def mean_score(per_video: Sequence[NDArray[np.float64]]) -> Score:
+    """Shares of the objects of each video -> their mean over all objects, percent.
+
+    Its interval draws videos, not objects: those of one video share their frames.
+    """
+    return whole_score(
+        lambda drawn: float(100 * np.concatenate([per_video[video] for video in drawn]).mean()), len(per_video)
     )
 
 
@@ -126,9 +135,12 @@ def open_videos(data: Path) -> list[Video]:
 
 def _listed_names(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8", errors="replace").split()
+        names = file.read_text(encoding="utf-8", errors="replace").split()
     except OSError as error:
         raise MachineError(f"{shown(file)}: cannot be read ({error.strerror}); check its permissions") from None
+    if wrong := next((name for name in names if name != os.path.basename(name) or name in (".", "..")), None):
+        raise DataError(f"{shown(file)}: {shown(wrong)} is no name of a folder; list one folder of {FRAMES} a line")
+    return names
 
 
 def _open_video(data: Path, name: str) -> Video:

@@ -30,3 +30,4 @@ from adaptkit.sources.source import ImageSource as ImageSource
 from adaptkit.sources.splits import Split as Split
 from adaptkit.sources.splits import same_content as same_content
 from adaptkit.sources.splits import split as split
+from adaptkit.sources.upright import upright_size as upright_size

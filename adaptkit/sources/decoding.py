@@ -100,7 +100,7 @@ def decode_sized(
     path: Path, draft_side: int, *, min_side: int = 8, scale: Scale = "range", content: bytes | None = None
 ) -> tuple[Image.Image, int]:
     """`decode`, and the short side that the file says; a JPEG is reduced to at least `draft_side` px instead of 448."""
-    with _opened(path, content) as image:
+    with opened(path, content) as image:
         width, height = image.size
         if min(image.size) < min_side:
             raise BadImage(str(path), f"{width} x {height} px is too small, at least {min_side} px a side are needed")
@@ -116,12 +116,12 @@ def decode_sized(
         if DEEP.match(raw):
             pixels = deep_to_8_bit(image, raw, scale, _low_bytes(path, raw, content) if scale == "percentile" else None)
             pixels = _black_is_zero(pixels, image)
-        return _upright(to_rgb(pixels), _orientation(image)), min(width, height)
+        return _upright(to_rgb(pixels), orientation(image)), min(width, height)
 
 
 def decode_indices(path: Path) -> NDArray[np.uint8]:
     """(H, W) numbers of classes or objects, from a PNG mask: grey levels or palette entries. Raises `BadImage`."""
-    with _opened(path) as image:
+    with opened(path) as image:
         if not isinstance(image, PngImageFile) or image.mode not in ("1", "L", "P"):
             kind = f"{image.format} {image.mode}"
             raise BadImage(str(path), f"is {kind}, but a mask is a PNG, 8-bit grey or palette, of class numbers")
@@ -135,7 +135,7 @@ def image_facts(path: Path, content: bytes | None = None) -> ImageFacts:
 
     Raises `BadImage` when `decode` would refuse it for its kind or area.
     """
-    with _opened(path, content) as image:
+    with opened(path, content) as image:
         width, height = image.size
         mode, bits = image.mode, bits_per_channel(image)
         kind = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # not MPO, which is JPEG as well
@@ -143,7 +143,7 @@ def image_facts(path: Path, content: bytes | None = None) -> ImageFacts:
 
 
 @contextmanager
-def _opened(path: Path, content: bytes | None = None) -> Iterator[ImageFile]:
+def opened(path: Path, content: bytes | None = None) -> Iterator[ImageFile]:
     """The image, not loaded; whatever goes wrong inside the block is a `BadImage`."""
     try:
         with warnings.catch_warnings():
@@ -262,7 +262,7 @@ def _has_second_frame(image: Image.Image) -> bool:
     return True
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata beside sound pixels: no reason to lose the image

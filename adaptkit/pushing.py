@@ -38,7 +38,7 @@ def push_run(run: str | Path, repo: str, *, private: bool = True) -> dict[str, A
         raise UsageError(f"--push-to-hub {repo[:60]}: write ORG/NAME ({line(error, 100)})") from None
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(opened.path / "backbone", folder, dirs_exist_ok=True)
-        (Path(folder) / "README.md").write_text(render_markdown(public(report)), encoding="utf-8")
+        (Path(folder) / "README.md").write_text(render_markdown(public(report), repo), encoding="utf-8")
         try:
             api = HfApi()
             url = api.create_repo(repo, private=private, exist_ok=True)

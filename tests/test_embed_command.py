@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -24,8 +26,9 @@ from adaptkit.backbones import load_backbone
 from adaptkit.checkpoints import load_tensors
 from adaptkit.cli import main
 from adaptkit.embedding import embed
+from adaptkit.objectives.head import ProjectionHead
 from adaptkit.sources import open_folder
-from adaptkit.vectors import embed_files
+from adaptkit.vectors import embed_files, pack_codes
 
 pytestmark = pytest.mark.long
 
@@ -153,6 +156,60 @@ def test_a_stopped_command_goes_on(vit: Path, images: Path, tmp_path: Path, monk
     assert made == [(50, 100), (100, 120)]
     assert_same(rows(output)[2:3], rows(tmp_path / "whole.npy")[2:3])
     assert not parts.exists()
+
+
+KILLED = """
+import os, signal, sys
+from adaptkit import checkpoints, vectors
+vectors.PART_IMAGES = 50
+replace, done = os.replace, []
+def die_before_the_second(source, target):
+    if str(target).endswith(".safetensors"):
+        done.append(target)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = die_before_the_second
+vectors.embed_files(*sys.argv[1:], codes=True)
+"""
+
+
+def test_a_command_that_was_killed_goes_on(
+    finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, parts = tmp_path / "e.parquet", tmp_path / "e.parquet.parts"
+    words = [sys.executable, "-c", KILLED, str(finished), str(images), str(output)]
+    killed = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not output.exists()
+    kept = parts / "000000.safetensors"
+    assert sorted(parts.glob("*.safetensors")) == [kept]
+    assert len(list(parts.iterdir())) == 3  # with the key, and what was being written
+    monkeypatch.setattr(vectors, "PART_IMAGES", 50)
+    embed_files(str(finished), images, tmp_path / "whole.parquet", codes=True)
+    made: list[tuple[int, int]] = []
+    make = vectors._make_part
+    monkeypatch.setattr(vectors, "_make_part", lambda job, *b: (made.append(b[:2]), make(job, *b))[1])
+    embed_files(str(finished), images, output, codes=True)
+    assert made == [(50, 100), (100, 120)]
+    assert_same(rows(output), rows(tmp_path / "whole.parquet"))
+    assert not parts.exists()
+
+
+@pytest.mark.parametrize("num_bits", [16, 20])
+def test_faiss_counts_the_bits_that_differ(num_bits: int) -> None:
+    head = ProjectionHead(8, num_bits, 8)
+    vectors = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    codes = pack_codes(head, vectors).numpy()
+    with torch.inference_mode():
+        signs = (head(vectors) > 0).numpy()
+    index = faiss.IndexBinaryFlat(8 * codes.shape[1])
+    index.add(codes)
+    distances, order = index.search(codes, len(codes))
+    for query, (found, near) in enumerate(zip(distances, order, strict=True)):
+        assert found.tolist() == [int((signs[query] != signs[other]).sum()) for other in near]
+    assert np.array_equal(np.unpackbits(codes, axis=1)[:, :num_bits], signs)  # the first bit is the highest
+    assert not np.unpackbits(codes, axis=1)[:, num_bits:].any()
 
 
 def test_parts_of_other_images_or_weights_are_not_used(

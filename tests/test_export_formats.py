@@ -13,23 +13,13 @@ import timm
 import torch
 from click.testing import CliRunner, Result
 from conftest import write_folder
+from formats_matrix import NETWORKS, RUNS, build_network, differences, finished_run, run_of
 from tiny_runs import adapt
 
-from adaptkit.backbones import load_backbone, save_backbone
+from adaptkit.backbones import load_backbone
 from adaptkit.cli import main
 from adaptkit.errors import BackboneError
 from adaptkit.formats import export_run
-
-ARCHITECTURES = {  # name: (readout, image_px)
-    "test_vit": ("auto", 32),
-    "test_vit3": ("mean", 32),  # with registers
-    "vit_dwee_patch16_reg1_gap_256": ("auto", 64),
-    "test_convnext": ("auto", 32),
-    "test_resnet": ("auto", 32),
-    "test_efficientnet": ("auto", 32),
-    "swin_tiny_patch4_window7_224": ("auto", 224),
-    "mobilenetv3_small_050": ("auto", 32),
-}
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +77,23 @@ def test_the_file_says_how_to_normalise(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["timm", "onnx", "torch"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures_and_readouts(name: str, form: str, finished: Path, tmp_path: Path) -> None:
-    readout, side = ARCHITECTURES[name]
-    run = tmp_path / "run"
-    run.mkdir()
-    for part in ("recipe.yaml", "report.json"):
-        (run / part).write_bytes((finished / part).read_bytes())
-    save_backbone(load_backbone(name, pretrained=False, readout=readout, image_px=side), run / "backbone")
-    assert export_run(run, form, tmp_path / "out").document["max_difference"] < 1e-4
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_and_readouts(name: str, finished: Path, tmp_path: Path) -> None:
+    run = run_of(build_network(NETWORKS[name]), finished, tmp_path / "run")
+    assert_small(differences(run, sorted((finished.parent / "images").rglob("*.jpg")), tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_in_bf16_and_with_lora(name: str, vit: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, vit, **RUNS[name])
+    assert_small(differences(run, sorted((tmp_path / "images").rglob("*.jpg")), tmp_path / "out"))
+
+
+def assert_small(found: dict[str, float]) -> None:
+    assert found.keys() == {"timm", "onnx", "torch", "transformers"}
+    for form, difference in found.items():
+        assert difference < 1e-4, form
 
 
 @pytest.mark.long

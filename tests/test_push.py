@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,12 @@ import yaml
 from click.testing import CliRunner
 from conftest import write_folder
 from fake_hub import fake_hub
-from tiny_runs import adapt, command, read
+from tiny_runs import adapt, command, environment, read
 
 from adaptkit.backbones import load_backbone
 from adaptkit.cli import main
 from adaptkit.report import render_markdown
-from adaptkit.report.card import public
+from adaptkit.report.card import own_class_snippet, public
 
 pytestmark = pytest.mark.long
 
@@ -43,7 +46,10 @@ def test_a_base_model_of_the_hub_is_named(finished: Path) -> None:
     report["backbone"]["name"] = "hf-hub:org/name@main"
     assert yaml.safe_load(render_markdown(report).split("---\n")[1])["base_model"] == "org/name"
     report["backbone"]["architecture"] = ""
-    assert "library_name" not in yaml.safe_load(render_markdown(report).split("---\n")[1])
+    card = render_markdown(report, "org/name")
+    assert "library_name" not in yaml.safe_load(card.split("---\n")[1])
+    assert own_class_snippet("org/name").rstrip() in card
+    assert "transformers" not in card
 
 
 def test_no_folder_of_the_machine_is_made_public(finished: Path) -> None:
@@ -72,11 +78,31 @@ def test_what_is_pushed_loads_again(finished: Path, tmp_path: Path) -> None:
         words = ("embed", "--backbone", "hf-hub:org/name", "--data", finished.parent / "images", "--output", vectors)
         done = command(*words, HF_ENDPOINT=hub.url, **offline)
         assert done.returncode == 0, done.stderr
+        snippets = re.findall(r"^```python\n(.*?)^```$", files["README.md"].decode(), re.DOTALL | re.MULTILINE)
+        assert ["'hf-hub:org/name'" in snippets[0], "from_pretrained('org/name')" in snippets[1]] == [True, True]
+        picture = min((finished.parent / "images").rglob("*.jpg"))
+        (tmp_path / "image.jpg").write_bytes(picture.read_bytes())
+        snippets[0] += "module = backbone\n" + own_class_snippet("org/name")  # what another class would be told
+        by_card = [embedding_of(snippet, tmp_path, HF_ENDPOINT=hub.url, **offline) for snippet in snippets]
     done = command(
         "embed", "--backbone", finished, "--data", finished.parent / "images", "--output", tmp_path / "f.npy"
     )
     assert np.array_equal(np.load(vectors), np.load(tmp_path / "f.npy"))
     assert load_backbone(str(finished / "backbone")).embed_dim == np.load(vectors).shape[1]
+    for embedding in by_card:
+        assert np.abs(embedding - np.load(vectors)[0]).max() < 1e-4
+
+
+def embedding_of(snippet: str, folder: Path, **variables: str) -> np.ndarray:
+    """What Python code of a model card, with a cache of its own, leaves in `embedding`: (D,)."""
+    program = f"{snippet}\nimport numpy\nnumpy.save('embedding.npy', embedding.numpy())"
+    home = str(folder / ("timm" if "import timm" in snippet else "transformers"))
+    words = [sys.executable, "-c", program]
+    variables = environment(**(variables | {"HF_HOME": home}))
+    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (embedding,) = np.load(folder / "embedding.npy")
+    return np.asarray(embedding)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,32 @@ from typing import Any
 import yaml
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+WITH_TIMM = """\
+import timm
+import torch
+from PIL import Image
+
+backbone = timm.create_model({place!r}, pretrained=True, num_classes=0).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
+with torch.inference_mode():
+    embedding = backbone(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0))  # (1, {dim})
+"""
+WITH_TRANSFORMERS = """\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained({place!r})
+backbone = AutoModel.from_pretrained({place!r}).eval()
+with torch.inference_mode():
+    embedding = backbone(**processor(Image.open('image.jpg').convert('RGB'))).pooler_output  # (1, {dim})
+"""
+WITH_OWN_CLASS = """\
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+module.load_state_dict(load_file(hf_hub_download({place!r}, 'model.safetensors')))
+"""
 
 
 def header(report: Mapping[str, Any]) -> str:
@@ -21,6 +47,21 @@ def header(report: Mapping[str, Any]) -> str:
         if name.startswith(prefix):
             facts["base_model"] = name.removeprefix(prefix).partition("@")[0]
     return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def timm_snippet(place: str, dim: int | str) -> str:
+    """Python that embeds an image with timm; `place` is `local-dir:FOLDER` or `hf-hub:ORG/NAME`."""
+    return WITH_TIMM.format(place=place, dim=dim)
+
+
+def transformers_snippet(place: str, dim: int | str) -> str:
+    """The same with transformers; `place` is a folder or `ORG/NAME`."""
+    return WITH_TRANSFORMERS.format(place=place, dim=dim)
+
+
+def own_class_snippet(repo: str) -> str:
+    """Python that puts the weights of the repository `ORG/NAME` into a module of the user's own class."""
+    return WITH_OWN_CLASS.format(place=repo)
 
 
 def public(report: Mapping[str, Any]) -> dict[str, Any]:

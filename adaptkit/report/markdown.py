@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from adaptkit.report.card import header
+from adaptkit.report.card import header, own_class_snippet, timm_snippet, transformers_snippet
 from adaptkit.report.numbers import MISSING, change_text, score_text, value_text
 
 DIGITS = 2
@@ -26,10 +26,10 @@ SELECTION_RULE = (
 )
 
 
-def render_markdown(report: Mapping[str, Any]) -> str:
+def render_markdown(report: Mapping[str, Any], repo: str | None = None) -> str:
     """The report (`adaptkit.report/1`) as Markdown, with the header of a model card.
 
-    Sections whose facts are missing are left out.
+    Sections whose facts are missing are left out. `repo` (`ORG/NAME`) is where on the hub the card will lie.
     """
     sections = [
         [f"# {escape(report['message'])}", f"Verdict: **{escape(report['verdict'])}**"],
@@ -38,7 +38,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         _guard(report),
         _data(report.get("data") or {}),
         _training(report),
-        _loading(report),
+        _loading(report, repo),
         _recipe(report.get("recipe") or {}),
     ]
     return header(report) + "\n\n".join("\n\n".join(section) for section in sections if section) + "\n"
@@ -202,12 +202,21 @@ def _training(report: Mapping[str, Any]) -> list[str]:
     return ["## Training", "\n".join(lines)] if lines else []
 
 
-def _loading(report: Mapping[str, Any]) -> list[str]:
-    backbone = visible(str((report.get("files") or {}).get("backbone", "backbone")))
-    by_timm = loads_in_timm(report)
-    note = "`RUN` is the folder of this report."
-    note += " Without `pretrained=True` timm gives random weights." if by_timm else " `module` is yours."
-    return ["## Load it", block(snippet(f"RUN/{backbone}", by_timm), "python"), note]
+def _loading(report: Mapping[str, Any], repo: str | None) -> list[str]:
+    folder = f"RUN/{visible(str((report.get('files') or {}).get('backbone', 'backbone')))}"
+    where = "" if repo else "`RUN` is the folder of this report. "
+    if not loads_in_timm(report):
+        text = own_class_snippet(repo) if repo else snippet(folder, by_timm=False)
+        return ["## Load it", block(text, "python"), f"{where}`module` is yours."]
+    dim = (report.get("backbone") or {}).get("embed_dim", "D")
+    return [
+        "## Load it",
+        block(timm_snippet(f"hf-hub:{repo}" if repo else f"local-dir:{folder}", dim), "python"),
+        f"{where}Without `pretrained=True` timm gives random weights. With transformers:",
+        block(transformers_snippet(repo or folder, dim), "python"),
+        "Both give the same embedding. transformers' `last_hidden_state` is what the network has before its readout: "
+        "the tokens of a ViT, the class token and registers among them, or a map.",
+    ]
 
 
 def _recipe(recipe: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ from adaptkit.settings import (
     Tune,
     ViewSettings,
     check_budget,
+    names_from_text,
     none_from_text,
     path_from_text,
 )
@@ -97,6 +98,10 @@ class Recipe(Settings):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the student")
     log_every: int = Field(10, ge=1, le=MAX_STEPS, description="steps between lines of metrics.jsonl")
     checkpoint_every: Duration = Field("10%", description="how often the state of training is saved")
+    track: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
+        BeforeValidator(names_from_text, json_schema_input_type=str | tuple[str, ...]),
+    ] = Field((), description="experiment trackers to log to: tensorboard, wandb, mlflow; repeatable")
     objective: ObjectiveSettings = ObjectiveSettings()
     head: HeadSettings = HeadSettings()
     views: ViewSettings = ViewSettings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from adaptkit.errors import UsageError, did_you_mean
@@ -21,10 +22,24 @@ def metrics_of(recipe: Recipe) -> list[str]:
 
 
 def check_wishes(recipe: Recipe) -> Requirement | None:
-    """The required gain, if any. Raises `UsageError` for what this recipe can never fulfil."""
+    """The required gain, if any. Raises `UsageError` for what this recipe can never fulfil, or not on this machine."""
+    check_trackers(recipe)
     if recipe.select.by == "labels" and recipe.labels is None:
         raise UsageError("--select labels needs --labels FOLDER")
     return Requirement.parse(recipe.require_gain, metrics_of(recipe)) if recipe.require_gain else None
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raises `UsageError` for a tracker whose package is missing; a folder of its name, as W&B makes, is none."""
+    for name in recipe.track:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:
+            raise UsageError(f"--track {name}: the package {name} is not installed; {how_to_install(name)}")
+
+
+def how_to_install(extra: str) -> str:
+    """What to do about a package that an extra brings."""
+    return f"pip install 'adaptkit[{extra}]'"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 runs/NAME/  recipe.yaml  status.json  manifest.json  metrics.jsonl  bad_images.jsonl  images.index
             checkpoints/  cache/  backbone/  head.safetensors  report.json  report.md  report.html  pictures.json
             codes.json  codes_pictures.json  (by `adaptkit codes`)
+            tracking/
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ OURS = (
     "pictures.json",
     "codes.json",
     "codes_pictures.json",
+    "tracking",
 )
 RUNNING = "running"  # the state of a run that has not ended, or was killed
 PART = re.compile(r"(\.\d+)?\.part$")

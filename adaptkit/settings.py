@@ -71,6 +71,15 @@ def _several(value: object) -> object:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
+def names_from_text(value: object) -> object:
+    """`a,b`, or several such -> a, b; each once."""
+    value = _several(value)
+    if not isinstance(value, list | tuple):
+        return value
+    names = [part.strip() for each in value for part in (each.split(",") if isinstance(each, str) else [each])]
+    return tuple(dict.fromkeys(names))
+
+
 def path_from_text(value: object) -> object:
     return value if isinstance(value, Mapping | BaseModel) else {"path": value}
 

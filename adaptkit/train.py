@@ -39,6 +39,7 @@ from adaptkit.select import Judge
 from adaptkit.session import Reporter, Session, Silent, open_accelerator, open_session
 from adaptkit.signals import StopRequest
 from adaptkit.supervise import INTERRUPTED, Supervisor
+from adaptkit.tracking import Tracked
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def resume(
 
 def run_adaptation(run: Run, reporter: Reporter, given: nn.Module | Backbone | None = None) -> AdaptResult:
     """Do the run, or what is left of it, and keep `status.json` true whatever happens."""
-    with recorded_ending(run), StopRequest(partial(record_leaving, run)) as stop:
-        result = _adapt(run, reporter, stop, given)
+    leaving = partial(record_leaving, run)
+    with Tracked(run, reporter) as tracked, recorded_ending(run), StopRequest(leaving) as stop:
+        result = _adapt(run, tracked, stop, given)
         code = exit_code(result.report)
         run.status("done", code, result.report["message"])
     if code == Collapsed.exit_code:
@@ -99,7 +101,7 @@ def run_adaptation(run: Run, reporter: Reporter, given: nn.Module | Backbone | N
     return result
 
 
-def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | Backbone | None) -> AdaptResult:
+def _adapt(run: Run, reporter: Tracked, stop: StopRequest, given: nn.Module | Backbone | None) -> AdaptResult:
     """The story of a run, from the resolved recipe to the report."""
     timings: dict[str, float] = {}
     started = time.perf_counter()
@@ -109,6 +111,7 @@ def _adapt(run: Run, reporter: Reporter, stop: StopRequest, given: nn.Module | B
 
     phase("load", "loading the backbone")
     accelerator = open_accelerator(run.recipe.precision)
+    on_main(reporter.begin)
     original = everywhere(lambda: load_original(run.recipe, given))
     student = load_original(run.recipe, given, run.recipe.drop_path)
     if original.load_report is not None:

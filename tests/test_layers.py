@@ -14,7 +14,7 @@ LAYERS = (  # top to bottom; a part may import what stands in a lower line
     ("train",),
     ("preflight", "language"),
     ("vectors", "formats", "pushing"),
-    ("caching", "pictures"),
+    ("caching", "pictures", "tracking"),
     ("estimate",),
     ("outcome",),
     ("supervise",),

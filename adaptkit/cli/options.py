@@ -23,6 +23,7 @@ METAVARS = {
     "max_bad": "COUNT|PERCENT",
     "budget": "TIME",
     "cache": "auto|on|off|FOLDER",
+    "track": "tensorboard|wandb|mlflow",
     "allow_missing": "GLOB",
 }
 
@@ -39,6 +40,7 @@ HOW = (
     "max_bad",
     "cache",
     "compile",
+    "track",
 )
 PRECISIONS = ("fp32", "bf16", "fp16")  # without auto, which is for training
 LOADING = ("weights", "pretrained", "allow_missing", "readout", "seed", "precision")

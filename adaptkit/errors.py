@@ -6,6 +6,8 @@ line prints and exits. Anything outside this family is a bug: exit code 1, the o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class AdaptkitError(Exception):
     """Base of every error a user can cause or mend. Never raised itself."""
@@ -92,9 +94,9 @@ def is_local(error: BaseException | None, exit_code: int | None) -> bool:
     return exit_code in LOCAL_CODES if known is None else known
 
 
-def did_you_mean(word: str, choices: list[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A suffix for error messages: `; did you mean 'lr'?`, or nothing when no choice is close."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, choices, n=1)
+    close = get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from adaptkit.requirement import check_wishes
 from adaptkit.schedules import Plan
 from adaptkit.session import Reporter, TrainState, open_accelerator, open_session
 from adaptkit.settings import budget_seconds
+from adaptkit.tuning import plan_tuning, sentence
 
 WARM_STEPS = 2  # the first steps allocate memory and start workers
 TIMED_STEPS = 20
@@ -73,19 +73,15 @@ def time_steps(
     original: Backbone,
     workers: int,
     timed: int = TIMED_STEPS,
-    note: Callable[[str], None] = lambda message: None,
 ) -> StepCost:
-    """Train copies of the networks for a few steps that are thrown away. Random state is left as it was.
-
-    `note` is told what a run would tell.
-    """
+    """Train copies of the networks for a few steps that are thrown away. Random state is left as it was."""
     unfrozen = recipe.head.model_copy(update={"warmup": "never", "reset_every": "never"})
     shown = recipe.model_copy(update={"steps": WARM_STEPS + timed, "head": unfrozen})
     plan = Plan.make(shown, len(inputs.train))
     moments: list[float] = []
     waits: list[float] = []
 
-    def clock(step: int) -> None:
+    def note(step: int) -> None:
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         moments.append(time.perf_counter())
@@ -99,9 +95,9 @@ def time_steps(
 
     with torch.random.fork_rng():
         session = open_session(
-            accelerator, plan, inputs.train, original, original.clone(), workers, lambda failures: None, note
+            accelerator, plan, inputs.train, original, original.clone(), workers, lambda failures: None
         )
-        train_in_memory(session, clock, start_again)
+        train_in_memory(session, note, start_again)
     accelerator.free_memory()
     steps = np.diff(moments[WARM_STEPS - 1 :])
     fed = steps - np.diff(waits[WARM_STEPS - 1 :])
@@ -128,6 +124,7 @@ class Forecast:
     plan: Plan
     cost: StepCost
     seconds: float
+    trained: str  # how much of the backbone `tune` trains, in words
     num_processes: int = 1
 
     def to_json(self, device: torch.device) -> dict[str, Any]:
@@ -146,6 +143,7 @@ class Forecast:
             "device_bytes": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
             "device": str(device),
             "precision": plan.recipe.precision,
+            "trained": self.trained,
         }
 
 
@@ -156,7 +154,6 @@ def forecast(
     original: Backbone,
     workers: int,
     num_processes: int | None = None,
-    note: Callable[[str], None] = lambda message: None,
 ) -> Forecast:
     """Time a few steps and a few embeddings, nothing of which is kept. `recipe` is settled (`prepare.settle`).
 
@@ -166,7 +163,7 @@ def forecast(
     num_processes = num_processes or accelerator.num_processes
     share = recipe.batch_size * accelerator.num_processes // num_processes
     tried_recipe = recipe.model_copy(update={"batch_size": share})
-    cost = time_steps(accelerator, tried_recipe, inputs, original, workers, TRIED_STEPS, note)
+    cost = time_steps(accelerator, tried_recipe, inputs, original, workers, TRIED_STEPS)
     recipe = recipe.model_copy(update={"micro_batch": cost.micro_batch})
     tried = inputs.train.subset(np.arange(min(len(inputs.train), recipe.probe.batch_size)))
     embedder = Embedder(recipe.probe.batch_size, workers, device=accelerator.device)
@@ -177,7 +174,8 @@ def forecast(
     before = passes.before * per_image
     if recipe.budget is not None:
         plan = fit_budget(plan, len(inputs.train), passes, cost, per_image, before + TIMED_STEPS * cost.seconds)
-    return Forecast(plan, cost, before + run_seconds(plan, passes, cost, per_image), num_processes)
+    trained = sentence(plan_tuning(original, recipe), original.module, recipe)
+    return Forecast(plan, cost, before + run_seconds(plan, passes, cost, per_image), trained, num_processes)
 
 
 def dry_run(recipe: Recipe, reporter: Reporter, num_processes: int | None = None) -> dict[str, Any]:
@@ -198,7 +196,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_processes: int | None = None
     reporter.phase(f"timing {TRIED_STEPS} steps")
     original.module.to(accelerator.device)
     workers = loader_workers(recipe.workers, accelerator.device)
-    expected = forecast(accelerator, recipe, inputs, original, workers, num_processes, reporter.note)
+    expected = forecast(accelerator, recipe, inputs, original, workers, num_processes)
     return {
         "schema": "adaptkit.dry_run/1",
         "recipe": expected.plan.recipe.model_dump(mode="json"),

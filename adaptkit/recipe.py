@@ -7,12 +7,15 @@ by the type of their field, because plain YAML turns `1e-4` into a string, `010`
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from adaptkit.errors import UsageError, did_you_mean
 from adaptkit.places import absolute
@@ -23,6 +26,7 @@ from adaptkit.settings import (
     MAX_PX,
     MAX_STEPS,
     MAX_WORKERS,
+    TIME,
     DataSettings,
     Duration,
     HeadSettings,
@@ -35,6 +39,7 @@ from adaptkit.settings import (
     Tune,
     ViewSettings,
     check_budget,
+    in_schema,
     names_from_text,
     none_from_text,
     path_from_text,
@@ -67,9 +72,12 @@ class Recipe(Settings):
     steps: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
         None, ge=1, le=MAX_STEPS, description="instead of epochs"
     )
-    budget: Annotated[str | None, BeforeValidator(none_from_text), AfterValidator(check_budget)] = Field(
-        None, description="at most this much time for the whole run, as in 30m; fewer steps if need be"
-    )
+    budget: Annotated[
+        str | None,
+        BeforeValidator(none_from_text),
+        AfterValidator(check_budget),
+        in_schema(pattern=f"^{TIME.pattern}$"),
+    ] = Field(None, description="at most this much time for the whole run, as in 30m; fewer steps if need be")
     batch_size: int = Field(64, ge=2, le=MAX_COUNT, description="images per step, over all processes")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of training; probes use fp32")
     workers: Annotated[int | None, BeforeValidator(none_from_text)] = Field(
@@ -138,6 +146,17 @@ FLAGS = {  # command-line flag -> key of the recipe
     "scale": "data.scale",
     "cache": "data.cache",
 }
+
+
+def recipe_fields() -> dict[str, FieldInfo]:
+    """Every dotted key and its field, in the recipe's order."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= {f"{name}.{leaf}": inner for leaf, inner in field.annotation.model_fields.items()}
+        else:
+            found[name] = field
+    return found
 
 
 def recipes_folder() -> Path:
@@ -236,11 +255,17 @@ def _explain(error: ValidationError) -> str:
     path = [str(part) for part in first["loc"]]
     key = _short(".".join(path))
     if first["type"] != "extra_forbidden":
-        return f"{key or 'recipe'} = {_short(repr(first['input']))}: {first['msg'].removeprefix('Value error, ')}"
+        choices = re.findall(r"'([^']+)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else []
+        hint = did_you_mean(str(first["input"]), choices)
+        return f"{key or 'recipe'} = {_short(repr(first['input']))}: {first['msg'].removeprefix('Value error, ')}{hint}"
     group: type[BaseModel] = Recipe
     for part in path[:-1]:
         group = group.model_fields[part].annotation  # type: ignore[assignment]
     hint = did_you_mean(path[-1], list(group.model_fields))
+    if not hint:  # the leaf may be another group's
+        full = {each.rpartition(".")[2]: each for each in reversed(recipe_fields())} | FLAGS
+        close = get_close_matches(path[-1], full, n=1)
+        hint = f"; did you mean {full[close[0]]!r}?" if close else ""
     return f"unknown key {key}{hint or '; see `adaptkit recipes --schema`'}"
 
 

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic import model_validator as pydantic_model_validator
+from pydantic.fields import FieldInfo
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(%|epochs?|steps?|images?)")
 TUNE = re.compile(r"full|lora|last-([1-9]\d{0,3})-blocks")
 TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
+SHARE = re.compile(r"\d+(\.\d+)?%?")
 
 # Far beyond any use; a slip of the finger or a forged recipe must not hang or fill the memory.
 MAX_STEPS = 100_000_000
@@ -60,7 +62,7 @@ def none_from_text(value: object) -> object:
 
 
 def _check_share(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?%?", text):
+    if SHARE.fullmatch(text) is None:
         raise ValueError("write a number or a share, as in 12 or 1%")
     return text
 
@@ -84,10 +86,19 @@ def path_from_text(value: object) -> object:
     return value if isinstance(value, Mapping | BaseModel) else {"path": value}
 
 
-Tune = Annotated[str, AfterValidator(_check_tune)]
+def in_schema(**changes: object) -> FieldInfo:
+    """For editors: what the JSON Schema says beyond the type. Validation itself is the validators' alone."""
+    info: FieldInfo = Field(json_schema_extra=changes)  # type: ignore[arg-type]
+    return info
 
-Duration = Annotated[str, AfterValidator(_check_duration)]
+
+Tune = Annotated[str, AfterValidator(_check_tune), in_schema(pattern=f"^({TUNE.pattern})$")]
+
+Duration = Annotated[str, AfterValidator(_check_duration), in_schema(pattern=f"^(never|{DURATION.pattern})$")]
 """`never`, or a share of the run (`25%`), `epochs`, `steps` or `images`; `schedules.to_steps` converts."""
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):
@@ -173,7 +184,7 @@ class ViewSettings(Settings):
     saturation: float = Field(0.1, ge=0, le=1, description="jitter strength")
     hue: float = Field(0.02, ge=0, le=0.5, description="jitter strength, in turns of the colour circle")
     grey: float = Field(0.05, ge=0, le=1, description="probability of a grey view")
-    blur: tuple[float, float, float] = Field(
+    blur: tuple[Probability, Probability, Probability] = Field(
         (0.5, 0.1, 0.3), description="probability of blur: first global, further global, local crops"
     )
     blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="blur in pixels at 224 px crops")
@@ -185,8 +196,6 @@ class ViewSettings(Settings):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name != "blur_sigma" and high > 1):
                 raise ValueError(f"{name} must be a range 0 < low <= high{'' if name == 'blur_sigma' else ' <= 1'}")
-        if not all(0 <= p <= 1 for p in self.blur):
-            raise ValueError("blur probabilities must lie in [0, 1]")
         return self
 
 
@@ -249,9 +258,9 @@ class DataSettings(Settings):
         "files, or a URL (s3://bucket/images) of files or shards; repeatable",
     )
     split_by: Literal["file", "folder"] = Field("file", description="unit that is held out together")
-    max_bad: Annotated[str, AfterValidator(_check_share)] = Field(
-        "1%", description="bad images accepted; at least 5 always are"
-    )
+    max_bad: Annotated[
+        str, AfterValidator(_check_share), in_schema(type=["string", "number"], pattern=f"^{SHARE.pattern}$", minimum=0)
+    ] = Field("1%", description="bad images accepted; at least 5 always are")
     scale: Literal["range", "percentile"] = Field(
         "range", description="pixels of more than 8 bits: by their type's range, or from their 1st to 99th percentile"
     )
@@ -281,11 +290,7 @@ class SelectSettings(Settings):
     """How the checkpoint is chosen."""
 
     by: Literal["auto", "labels", "label-free"] = Field("auto", description="auto: labels when they are given")
-    alphas: tuple[float, ...] = Field((0.25, 0.5, 0.75), description="points between original (0) and adapted (1)")
+    alphas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.25, 0.5, 0.75), description="points between original (0) and adapted (1), which are always candidates"
+    )
     keep: int = Field(3, ge=1, description="candidate checkpoints kept on disk")
-
-    @pydantic_model_validator(mode="after")
-    def _alphas_lie_between(self) -> SelectSettings:
-        if not all(0 < alpha < 1 for alpha in self.alphas):
-            raise ValueError("alphas must lie strictly between 0 and 1; both ends are always candidates")
-        return self

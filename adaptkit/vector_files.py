@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from adaptkit.errors import UsageError
+from adaptkit.errors import UsageError, did_you_mean
 from adaptkit.run import atomic, write_text
 
 Part = tuple[list[str], list[str] | None, NDArray[np.float32], NDArray[np.uint8] | None]
@@ -116,7 +116,10 @@ WRITERS: dict[str, Writer] = {".parquet": ParquetFile(), ".npy": NumpyFile(), ".
 def writer_for(output: Path) -> Writer:
     """By the suffix. Raises `UsageError` for another one, or when Parquet's library is missing."""
     if output.suffix not in WRITERS:
-        raise UsageError(f"{output}: write the suffix {', '.join(WRITERS)}, which says what kind of file you want")
+        hint = did_you_mean(output.suffix, WRITERS)
+        raise UsageError(
+            f"{output}: write the suffix {', '.join(WRITERS)}, which says what kind of file you want{hint}"
+        )
     if output.suffix == ".parquet":
         _pyarrow()
     return WRITERS[output.suffix]

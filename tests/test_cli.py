@@ -117,7 +117,7 @@ ADAPT = ("adapt", "--backbone", "nano", "--data", "images", "--output", "out")
 def test_commands_and_options_are_those_of_the_contract() -> None:
     expected = {
         adapt_command: "backbone data output labels recipe set epochs steps budget batch-size lr workers select "
-        "require-gain max-bad cache compile gpus weights no-pretrained allow-missing readout seed precision overwrite "
+        "require-gain max-bad cache compile track gpus weights no-pretrained allow-missing readout seed precision overwrite "
         "dry-run json quiet",
         probe_command: "backbone data queries metric reference cache weights no-pretrained allow-missing readout "
         "seed precision batch-size workers scale json quiet",
@@ -135,7 +135,7 @@ def test_commands_and_options_are_those_of_the_contract() -> None:
         assert {"--json", "--quiet"} <= {name for o in command.params for name in o.opts}
     for command, names in expected.items():
         options = {name for o in command.params if isinstance(o, click.Option) for name in o.opts}
-        assert options == {f"--{name}" for name in names.split()}
+        assert options == {f"--{name}" for name in names.split()} | {"-v", "--verbose"}
 
 
 def test_help_takes_descriptions_and_defaults_from_the_recipe(invoke: Callable[..., Result]) -> None:
@@ -188,7 +188,7 @@ def test_a_run_repeats_from_its_recipe(invoke: Callable[..., Result], train: Any
     ("args", "words"),
     [
         (("adpt",), "did you mean 'adapt'"),
-        (("zzz",), "commands: adapt, backbones, check, demo, embed, export, probe, recipes"),
+        (("zzz",), "commands: adapt, backbones, check, codes, demo, embed, export, probe, recipes"),
         ((*ADAPT, "--bacth-size", "3"), "--batch-size"),
         ((*ADAPT, "--steps", "many"), "many"),
         ((*ADAPT, "--lr", "1e-4", "--set", "optim.lr=1e-4"), "given twice"),
@@ -507,13 +507,6 @@ def test_on_a_terminal_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1000/1000" in stream.getvalue()
     assert "step 100/1000" not in stream.getvalue()
     assert not re.search(r"\x1b\[(3|4|9)\dm", stream.getvalue()), "NO_COLOR is respected"
-
-
-def test_force_color_does_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    stream = io.StringIO()
-    train_for(RichReporter(stream=stream), 100)
-    assert ANSI not in stream.getvalue()
 
 
 def test_hostile_names_stay_text() -> None:

@@ -37,7 +37,7 @@ LAYERS = (  # top to bottom; a part may import what stands in a lower line
     ("requirement",),
     ("recipe",),
     ("settings",),
-    ("yaml_text", "owner", "places", "shortage"),
+    ("yaml_text", "owner", "places", "shortage", "aliases"),
     ("errors",),
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
@@ -45,6 +45,7 @@ SAME_LINE_ALLOWED = {("checkpoints", "run")}
 LAZY = {"__init__", "__main__"}  # they stand above all; `adaptkit/__init__` itself may be imported only for its version
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "matplotlib"}
 LIGHT_PARTS = {
+    "aliases",
     "cli",
     "errors",
     "yaml_text",

@@ -26,7 +26,7 @@ from tiny_runs import Recorder, SignalAt, adapt, command, flags, read
 
 import adaptkit
 from adaptkit.errors import Interrupted, MachineError, UsageError
-from adaptkit.pictures import _jpeg
+from adaptkit.pictures import jpeg
 from adaptkit.recipe import Recipe, load_recipe
 from adaptkit.requirement import check_trackers
 from adaptkit.run import Run
@@ -127,7 +127,7 @@ def test_parameters_are_the_whole_recipe_by_dotted_key() -> None:
 
 
 def test_sheets_show_every_picture_in_its_place() -> None:
-    jpegs = [_jpeg(draw_image(label, 0)) for label in range(3)]
+    jpegs = [jpeg(draw_image(label, 0)) for label in range(3)]
     images = [{"jpeg": jpegs[0]}, {"jpeg": None}, {"jpeg": jpegs[2]}]
     views = [{"jpeg": jpegs[1], "global": jpegs[:2], "local": jpegs[:1]}]
     neighbours = {"queries": [0, 2], "before": [[1, 2], [0, 1]]}

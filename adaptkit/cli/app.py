@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ from adaptkit.cli.command_probe import probe_command
 from adaptkit.cli.command_recipes import recipes_command
 from adaptkit.cli.command_report import report_command
 from adaptkit.cli.command_resume import resume_command
+from adaptkit.cli.completion import with_completions
 from adaptkit.cli.failure import describe, heed_signals, ignore_signals, report_failure
 from adaptkit.cli.launch import is_launched
-from adaptkit.errors import did_you_mean
+from adaptkit.cli.verbose import is_verbose, with_verbose
+from adaptkit.errors import AdaptkitError, did_you_mean
 from adaptkit.signals import stop_without_parent
 
 
@@ -41,7 +44,7 @@ class App(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's, with a suggestion for a misspelt command."""
         names = self.list_commands(ctx)
-        if args[0] in names or args[0].startswith("-"):
+        if args[0] in names or args[0].startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
         hint = did_you_mean(args[0], names)
         raise click.UsageError(f"no such command {args[0]!r}{hint or '; commands: ' + ', '.join(names)}", ctx)
@@ -62,6 +65,8 @@ class App(click.Group):
             error.show()
             code = error.exit_code
         except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, AdaptkitError) and is_verbose(words):
+                traceback.print_exception(error, file=sys.stderr)
             code = report_failure(error, describe(error), as_json="--json" in words)
         if standalone_mode:
             ignore_signals()
@@ -73,7 +78,8 @@ class App(click.Group):
     cls=App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 a bug, 2 usage or recipe, 3 data, 4 backbone or weights, 5 --require-gain not met, "
-    "6 collapsed, 7 GPU out of memory, 8 disk full or no permission, 75 interrupted (go on with `adaptkit resume`).",
+    "6 collapsed, 7 GPU out of memory, 8 disk full or no permission, 75 interrupted (go on with `adaptkit resume`).\n\n"
+    'Completion, for bash: eval "$(_ADAPTKIT_COMPLETE=bash_source adaptkit)"; zsh_source and fish_source for those.',
 )
 @click.version_option(adaptkit.__version__, prog_name="adaptkit")
 def main() -> None:
@@ -98,4 +104,4 @@ for command in (
     backbones_command,
     recipes_command,
 ):
-    main.add_command(command)
+    main.add_command(with_completions(with_verbose(command)))

@@ -9,12 +9,10 @@ from typing import Any
 from rich.padding import Padding
 from rich.text import Text
 
-from adaptkit.cli.console import StreamConsole, clock
+from adaptkit.cli.console import StreamConsole, pace, size, spell
 from adaptkit.cli.failure import one_line
 from adaptkit.cli.listing import line, table
 from adaptkit.report.numbers import score_text
-
-GIB = 2**30
 
 
 def print_check(document: Mapping[str, Any]) -> None:
@@ -82,13 +80,14 @@ def _labels(found: Mapping[str, Any]) -> list[str]:
 
 
 def _plan(found: Mapping[str, Any]) -> list[str]:
-    memory = f"about {found['peak_bytes'] / GIB:.1f} GiB" if found["peak_bytes"] else "not known here"
-    whole = f" of {found['device_bytes'] / GIB:.1f} GiB" if found["device_bytes"] else ""
+    memory = f"about {size(found['peak_bytes'])}" if found["peak_bytes"] else "not known here"
+    whole = f" of {size(found['device_bytes'])}" if found["device_bytes"] else ""
     several = f" in {found['num_processes']} processes" if found["num_processes"] > 1 else ""
     return [
         f"{found['steps']:,} steps of {found['batch_size']} images{several} ({found['epochs']:.1f} epochs)",
-        f"about {clock(found['seconds'])} on {found['device']} in {found['precision']}, "
-        f"{found['step_seconds']:.2f} s a step; memory {memory}{whole}",
+        f"about {spell(found['seconds'])} on {found['device']} in {found['precision']}, "
+        f"{pace(found['step_seconds'])}; memory {memory}{whole}",
+        found["trained"],
     ]
 
 

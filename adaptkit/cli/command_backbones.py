@@ -43,7 +43,8 @@ def backbones_command(pattern: str | None, as_json: bool, quiet: bool) -> None:
 
 def find_rows(pattern: str | None) -> tuple[list[tuple[str, str, int, str]], int]:
     """The rows to list, and how many more there are. Raises `BackboneError` when nothing matches."""
-    from adaptkit.backbones.names import ALIASES, NANO, backbone_rows  # imports timm, and with it torch
+    from adaptkit.aliases import ALIASES, NANO
+    from adaptkit.backbones.names import backbone_rows  # imports timm, and with it torch
     from adaptkit.errors import BackboneError, did_you_mean
 
     rows = backbone_rows(pattern)

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from adaptkit.cli.options import as_json, quiet
+from adaptkit.cli.options import Words, as_json, quiet
 from adaptkit.errors import UsageError
 
 FORMATS = ("timm", "onnx", "torch")
@@ -14,7 +14,7 @@ FORMATS = ("timm", "onnx", "torch")
 
 @click.command("export", short_help="Write a run's backbone for ONNX Runtime, torch.export or timm.")
 @click.argument("run")
-@click.option("--format", "form", type=click.Choice(FORMATS), help="A folder for timm, else one file.")
+@click.option("--format", "form", type=Words(FORMATS), help="A folder for timm, else one file.")
 @click.option("--output", metavar="PATH", help="The folder or file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output.")
 @click.option(

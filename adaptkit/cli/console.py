@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from adaptkit.cli.failure import one_line
+from adaptkit.cli.verbose import LOG
 from adaptkit.report.numbers import change_text, value_text
 
 if TYPE_CHECKING:
@@ -36,11 +37,23 @@ def drop_output(stream: IO[str]) -> None:
 
 
 class StreamConsole(Console):
-    """A console on one stream: no ANSI codes off a terminal, and a reader that went away ends no training."""
+    """A console on one stream: a reader that went away ends no training.
+
+    No ANSI codes off a terminal, unless FORCE_COLOR asks for colours there; NO_COLOR and TERM=dumb win over it.
+    """
 
     def __init__(self, stream: TextIO, quiet: bool = False) -> None:
         silent = quiet or not is_main_process()
-        super().__init__(file=stream, force_terminal=stream.isatty(), force_jupyter=False, quiet=silent, emoji=False)
+        wanted = bool(os.environ.get("FORCE_COLOR")) and not os.environ.get("NO_COLOR")
+        forced = wanted and not stream.isatty() and os.environ.get("TERM") != "dumb"
+        super().__init__(
+            file=stream,
+            force_terminal=stream.isatty(),
+            force_jupyter=False,
+            color_system="standard" if forced else "auto",
+            quiet=silent,
+            emoji=False,
+        )
 
     def on_broken_pipe(self) -> None:
         """Print nothing from here on."""
@@ -54,6 +67,7 @@ class RichReporter:
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.console = StreamConsole(stream or sys.stderr, quiet)
         self.begun = self.last_line = time.monotonic()
+        self.title, self.phase_begun = "", self.begun
         self.first_step: tuple[int, float] | None = None  # this phase's first step and when it was
         self.part: int | None = None
         self.bar: Progress | None = None
@@ -65,7 +79,7 @@ class RichReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_bar()
+        self._end_phase()
 
     def start(self, run: Path) -> None:
         """Where the run lies, before anything slow begins."""
@@ -73,7 +87,8 @@ class RichReporter:
 
     def phase(self, title: str) -> None:
         """A new part of the run begins; the bar of the previous one is done."""
-        self._close_bar()
+        self._end_phase()
+        self.title, self.phase_begun = title, time.monotonic()
         self.first_step = self.part = None
         self._line(title, "bold")
 
@@ -136,6 +151,12 @@ class RichReporter:
         if self.task is not None:
             self.bar.update(self.task, completed=step, total=total_steps, numbers=_numbers(metrics))
 
+    def _end_phase(self) -> None:
+        self._close_bar()
+        if self.title:
+            LOG.debug("%s: took %.1f s", self.title, time.monotonic() - self.phase_begun)
+        self.title = ""
+
     def _close_bar(self) -> None:
         if self.bar is not None:
             self.bar.stop()
@@ -152,6 +173,29 @@ def clock(seconds: float) -> str:
     """4000 -> 1:06:40."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def spell(seconds: float) -> str:
+    """4000 -> 1 h 7 min; for a forecast, whose seconds mean nothing beside hours."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, minutes // (24 * 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{days} days {hours % 24} h"
+
+
+def pace(seconds: float) -> str:
+    """0.0042 -> 4.2 ms a step."""
+    return f"{seconds:.2f} s a step" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms a step"
+
+
+def size(num_bytes: float) -> str:
+    """314572800 -> 300 MiB."""
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.1f} GiB"
 
 
 def _numbers(metrics: Mapping[str, float]) -> str:

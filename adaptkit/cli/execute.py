@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from logging import DEBUG
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.cli.failure import describe, recorded, report_failure
 from adaptkit.cli.launch import count_processes, is_launched, launch
+from adaptkit.cli.verbose import LOG
 from adaptkit.errors import AdaptkitError, Collapsed, GainNotMet, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ def execute(run: Run, as_json: bool, quiet: bool, gpus: int | None) -> None:
             processes = count_processes(run, gpus)  # imports torch: the run directory exists by now
             if processes > 1:
                 reporter.phase(f"starting {processes} processes")
-                exit_code = launch(run, processes, ["--json"] * as_json + ["--quiet"] * quiet)
+                exit_code = launch(
+                    run, processes, ["--json"] * as_json + ["--quiet"] * quiet + ["--verbose"] * LOG.isEnabledFor(DEBUG)
+                )
             else:
                 from adaptkit.train import run_adaptation
 

@@ -25,6 +25,7 @@ from adaptkit.errors import (
     FailedElsewhere,
     Interrupted,
     MachineError,
+    did_you_mean,
     is_local,
 )
 from adaptkit.shortage import shortage
@@ -55,8 +56,11 @@ def describe(error: BaseException, run: Run | None = None) -> Failure:
         advice = f"go on with `adaptkit resume {run.path}`" if run else "nothing was saved; run the same command again"
         return Failure(Interrupted.exit_code, one_line(f"interrupted; {advice}"))
     if isinstance(error, click.ClickException):
-        command = getattr(getattr(error, "ctx", None), "command_path", "adaptkit")
-        return Failure(error.exit_code, one_line(f"{error.format_message().rstrip('.')}; see `{command} --help`"))
+        command, text = getattr(getattr(error, "ctx", None), "command_path", "adaptkit"), error.format_message()
+        if isinstance(error, click.NoSuchOption):
+            close = did_you_mean(error.option_name, error.possibilities or [])
+            text = f"no such option {error.option_name}{close}"
+        return Failure(error.exit_code, one_line(f"{text.rstrip('.')}; see `{command} --help`"))
     if (of_memory := shortage(error)) is not None:
         return Failure(of_memory.exit_code, str(of_memory))
     if isinstance(error, OSError):

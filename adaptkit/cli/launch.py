@@ -80,13 +80,12 @@ def count_processes(run: Run, gpus: int | None) -> int:
     A run that is resumed gets as many as it began with, if there are GPUs for them; else as many as its batch can be
     divided among. `check_gpus` has passed.
     """
-    if is_launched() or gpus in (0, 1):
+    if is_launched():
         return 1
-    if gpus is not None:
-        return gpus
-    visible, before = visible_gpus(), (run.read_json("manifest.json") or {}).get("num_processes")
-    if not isinstance(before, int):
-        return max(1, visible)
+    before = (run.read_json("manifest.json") or {}).get("num_processes")
+    if gpus is not None or not isinstance(before, int):
+        return processes_here(gpus) or 1
+    visible = visible_gpus()
     if before <= visible:
         return max(1, before)
     return next((count for count in range(visible, 1, -1) if run.recipe.batch_size % count == 0), 1)

@@ -10,6 +10,8 @@ from rich.text import Text
 from adaptkit.cli.console import StreamConsole
 from adaptkit.cli.failure import one_line
 
+LEAST_REST = 20  # columns of the terminal for what stands beside a name
+
 
 def line(console: StreamConsole, text: str, style: str = "", wrap: bool = False) -> None:
     """A line of text that may hold anything; unless `wrap`, it is left whole for copying."""
@@ -19,8 +21,13 @@ def line(console: StreamConsole, text: str, style: str = "", wrap: bool = False)
 def table(console: StreamConsole, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns under bold titles (none when all are empty), and an empty line."""
     drawn = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_header=any(header))
-    for number, title in enumerate(header):
-        drawn.add_column(title, overflow="fold", no_wrap=number == 0)  # a number is never cut, a name never split
+    names = [row[0] for row in rows]
+    has_room = max(map(len, names), default=0) + LEAST_REST <= console.width
+    longest = max((len(word) for name in names for word in name.split()), default=0)
+    width = None if has_room else min(longest, console.width - LEAST_REST)
+    for number, title in enumerate(header):  # a number is never cut, a name split at spaces alone
+        is_name = number == 0
+        drawn.add_column(title, overflow="fold", no_wrap=is_name and has_room, width=width if is_name else None)
     for row in rows:
         drawn.add_row(*(Text(one_line(cell)) for cell in row))
     console.print(drawn)

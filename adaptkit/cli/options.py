@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from adaptkit.errors import UsageError
+from adaptkit.errors import UsageError, did_you_mean
 from adaptkit.recipe import FLAGS, Recipe, recipe_names
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -49,6 +49,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print exactly on
 quiet = click.option("--quiet", is_flag=True, help="No progress and no notes; only the result and errors.")
 
 
+class Words(click.Choice[str]):
+    """One of several words; a misspelt one is answered with the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """As click's, with a suggestion."""
+        return super().get_invalid_choice_message(value, ctx).rstrip(".") + did_you_mean(str(value), self.choices)
+
+
 def setting(name: str, **changes: Any) -> Decorator:
     """The option `--name` for the recipe's setting of that name (or the key `FLAGS` gives). Not given is None."""
     field = field_of(FLAGS.get(name, name))
@@ -62,7 +70,7 @@ def setting(name: str, **changes: Any) -> Decorator:
         options |= {"help": text, "is_flag": True, "flag_value": not on_by_default, "type": bool, "metavar": None}
         return click.option(flag, name, **options | changes)
     if get_origin(kind) is Literal:
-        options["type"] = click.Choice(get_args(kind))
+        options["type"] = Words(get_args(kind))
     elif get_origin(kind) is tuple:
         options |= {"multiple": True, "type": str}
     else:
@@ -90,7 +98,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def embedding_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What every command takes that embeds images with a backbone outside a run."""
-    precision = click.Choice(PRECISIONS)
+    precision = Words(PRECISIONS)
     size = field_of("probe.batch_size").default
     count = click.IntRange(min=1)
     options = [

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.text import Text
 
-from adaptkit.cli.console import StreamConsole, clock, drop_output, is_main_process
+from adaptkit.cli.console import StreamConsole, drop_output, is_main_process, pace, size, spell
 from adaptkit.cli.failure import one_line
 from adaptkit.cli.listing import line as _line
 from adaptkit.cli.listing import table as _table
@@ -146,6 +146,7 @@ def print_forecast(document: Mapping[str, Any]) -> None:
     _line(console, "")
     _line(console, "Dry run: nothing was written.", "bold")
     labels = data["labels"]
+    memory = size(plan["peak_bytes"]) + (f" of {size(plan['device_bytes'])}" if plan["device_bytes"] else "")
     rows = [
         ("images", f"{data['train']:,} to train on, {data['selection']:,} to select, {data['report']:,} to report"),
         ("labels", f"{labels['gallery']:,} gallery, {labels['selection']:,} + {labels['report']:,} queries")
@@ -154,7 +155,9 @@ def print_forecast(document: Mapping[str, Any]) -> None:
         ("steps", f"{plan['steps']:,} of {plan['batch_size']} images ({plan['epochs']:.1f} epochs)"),
         *(("processes", text) for text in _several(plan)),
         ("head", f"drawn {plan['head_draws']} time{'s' * (plan['head_draws'] != 1)}"),
-        ("time", f"about {clock(plan['seconds'])} on {plan['device']}, {plan['step_seconds']:.2f} s a step"),
-        ("memory", f"about {plan['peak_bytes'] / 2**30:.1f} GiB" if plan["peak_bytes"] else "not known here"),
+        ("backbone", plan["trained"]),
+        ("time", f"about {spell(plan['seconds'])}, {pace(plan['step_seconds'])}"),
+        ("memory", f"about {memory}" if plan["peak_bytes"] else "not known here"),
+        ("device", f"{plan['device']}, {plan['precision']}"),
     ]
     _table(console, ("", ""), rows)

@@ -113,7 +113,7 @@ def _fill_(
     reporter.phase("timing a few steps")
     workers = loader_workers(recipe.workers, accelerator.device)
     original.module.to(accelerator.device)
-    expected = forecast(accelerator, settled, inputs, original, workers, num_processes, reporter.note)
+    expected = forecast(accelerator, settled, inputs, original, workers, num_processes)
     document["plan"] = plan = expected.to_json(accelerator.device)
     warn(memory(plan["peak_bytes"], plan["device_bytes"], advice(settled, original.module, plan["images_at_once"])))
 

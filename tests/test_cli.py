@@ -117,8 +117,8 @@ ADAPT = ("adapt", "--backbone", "nano", "--data", "images", "--output", "out")
 def test_commands_and_options_are_those_of_the_contract() -> None:
     expected = {
         adapt_command: "backbone data output labels recipe set epochs steps budget batch-size lr workers select "
-        "require-gain max-bad cache compile track gpus weights no-pretrained allow-missing readout seed precision overwrite "
-        "dry-run json quiet",
+        "require-gain max-bad cache compile track gpus weights no-pretrained allow-missing readout seed precision "
+        "overwrite dry-run json quiet",
         probe_command: "backbone data queries metric reference cache weights no-pretrained allow-missing readout "
         "seed precision batch-size workers scale json quiet",
         resume_command: "gpus json quiet",

@@ -165,6 +165,7 @@ def assert_stopped(run: Path, recorder: Recorder, reason: str, fallback: Path) -
 # --- runs
 
 
+@pytest.mark.long
 def test_a_constant_teacher_stops_the_run(
     vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_constant_teacher_stops_the_run(
     assert [line[RANK] for line in log(tmp_path / "run") if line["kind"] == "train" and line["step"] == 8] == [0.0] * 3
 
 
+@pytest.mark.long
 def test_embeddings_on_a_line_stop_the_run_though_the_bits_live(
     vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +196,7 @@ def test_embeddings_on_a_line_stop_the_run_though_the_bits_live(
     assert min(before) > 1.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -239,6 +242,7 @@ def test_nan_weights_go_back_once(vit: Path, images: Path, tmp_path: Path, monke
     assert load_state(result.run / "checkpoints" / "last.safetensors")["train"]["lr_factor"] == 0.5
 
 
+@pytest.mark.long
 def test_an_infinite_loss_goes_back_and_the_same_again_stops(
     vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,6 +328,7 @@ def test_the_guard_fires_when_the_report_contradicts_the_selection(
     assert_same_tensors(trained_on(result.run), vit / "model.safetensors")
 
 
+@pytest.mark.long
 def test_a_channel_that_stays_dead_ends_the_run_as_collapsed(vit: Path, tmp_path: Path) -> None:
     """Black images give every view the same code: no bit says anything, whatever the head."""
     for index in range(40):
@@ -369,6 +370,7 @@ def break_step(monkeypatch: pytest.MonkeyPatch, when: Callable[[Session, int], b
     monkeypatch.setattr(loop, "set_schedule_", poisoned)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("log_every", [1, 4], ids=["seen in the log", "seen by a probe between lines of the log"])
 def test_nan_goes_back_to_the_last_good_checkpoint(
     log_every: int, vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -396,6 +398,7 @@ def test_nan_goes_back_to_the_last_good_checkpoint(
     assert lr[9 if log_every == 1 else 8] > 0
 
 
+@pytest.mark.long
 def test_a_run_that_always_diverges_ends_as_collapsed_with_a_readable_report(
     vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

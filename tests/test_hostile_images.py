@@ -436,6 +436,7 @@ def test_one_image_is_too_few(tmp_path: Path) -> None:
         split(open_folder(tmp_path), "file")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["all alike", "all black"])
 def test_images_without_any_difference_do_not_break_a_run(case: str, vit: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"

@@ -145,6 +145,7 @@ def assert_compact(facts: Mapping[str, float]) -> None:
     assert facts["worker_copies_of_a_list_mb"] > facts["paths"] * 50 / MB  # what the arrays avoid can be seen
 
 
+@pytest.mark.long
 def test_twenty_thousand_paths_are_compact_and_shared() -> None:
     facts = measured("scan", 20_000)
     assert facts["paths"] == 20_000

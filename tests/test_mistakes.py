@@ -342,6 +342,7 @@ def test_a_mistake_found_later_is_in_the_run_directory_too(mistake: Mistake, min
     assert contents(mine) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [False, True], ids=["probing", "training"])
 def test_a_gpu_without_enough_memory(training: bool, invoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no GPU here: the forward pass raises what torch raises on one."""
@@ -397,6 +398,7 @@ def test_faults_of_the_machine(case: str, ended: dict[str, dict[str, Any]]) -> N
     assert told.get("damage", []) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [case for case in CASES if FAULTS[case][1] == NO_SPACE])
 def test_after_a_full_disk_everything_written_before_is_good(case: str, ended: dict[str, dict[str, Any]]) -> None:
     """`status.json` may be the old one, but is whole; with space again the run goes on to its end."""

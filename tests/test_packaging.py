@@ -111,6 +111,7 @@ def test_the_wheel_is_small(wheel: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert size < MAX_WHEEL_BYTES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["installed", "editable"])
 def test_the_command_and_the_recipes_of_an_installation(name: str, request: pytest.FixtureRequest) -> None:
     environment: Path = request.getfixturevalue(name)

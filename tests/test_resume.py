@@ -92,6 +92,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing may be saved on the way out."""
 
 
+@pytest.mark.long
 def test_a_kill_between_checkpoints_repeats_steps_but_no_lines(
     undisturbed: Path, vit: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_resuming_a_finished_run_only_shows_it(undisturbed: Path, tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["added", "removed", "resized"])
 def test_resuming_on_other_images_is_refused(change: str, vit: Path, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", classes=2, per_class=20)

@@ -135,6 +135,7 @@ def test_other_surroundings_are_told_in_one_line_and_kept(run: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_every_change_of_surroundings_is_kept_once(run: Path) -> None:
     """Stopped and resumed again in the same ones there is nothing to add; back in the first ones there is."""
     first = edit(run, versions={"timm": "0.1"})

@@ -19,13 +19,15 @@ from adaptkit.probes.drift import drift_scores
 from adaptkit.probes.fixed_views import embed_views
 from adaptkit.probes.lidar import lidar_score
 from adaptkit.probes.measure import Measurement, Unpaired, compare, measure_labelled
+from adaptkit.report.comparison import compare_backbones
 from adaptkit.report.document import deltas_to_json, scores_to_json
 from adaptkit.report.numbers import REFERENCE
-from adaptkit.sources import FolderSource, Scale, has_class_folders, open_images, open_labelled
+from adaptkit.sources import FolderSource, Scale, has_class_folders, open_images, open_labelled, same_content
 from adaptkit.vector_cache import VectorCache
 
 PROBE_SCHEMA = "adaptkit.probe/1"
-NEITHER_BETTER = frozenset({"rankme", "d_eff", "r_eff", "alpha_req", "lidar"})  # more of them alone is not better
+SEARCHING = ("knn", "linear", "retrieval", "few-shot")  # what a query finds, or what was fitted, decides
+REPEATED = "are also gallery images, byte for byte, and find themselves; leave them out of one of the two"
 UNCORRECTED = "intervals are per metric, not corrected for how many metrics are compared"
 
 OwnProbe = Callable[..., Measurement]
@@ -194,22 +196,29 @@ def _measure(
     of_sets = [name for name in chosen if name in PROBES]
     of_each: list[Measurement] = []
     vectors: list[Embeddings] = []
+    read: set[tuple[str, ...]] = set()
     for backbone in backbones:
         backbone.module.to(embedder.device)
-        measured, queries = Measurement({}), None
+        measured, queries, paths = Measurement({}), None, tuple[str, ...]()
         if of_sets or "drift" in chosen:
             queries = _embed(backbone, data.queries, embedder, cache)
             vectors.append(queries)
+            paths = queries.paths
         if of_sets and queries is not None:
             gallery = queries if data.gallery is data.queries else _embed(backbone, data.gallery, embedder, cache)
             measured = measure_labelled(gallery, queries, of_sets)
+            paths += gallery.paths
         if "lidar" in chosen:
             of_views = (cache.views if cache else embed_views)(backbone, data.gallery, embedder)
             measured |= Measurement(lidar_score(of_views.to(embedder.device)))
         of_each.append(measured)
-    drift = _drift(*vectors) if "drift" in chosen else {}
+        read.add(paths)
+    if len(read) > 1:
+        raise Unpaired("some images could be read for one backbone but not for the other; keep the data unchanged")
+    drift = drift_scores(*(each.vectors for each in vectors)) if "drift" in chosen else {}
     failures = [] if of_sets or not vectors else vectors[0].failures
-    of_each[0] |= Measurement({}, failures=tuple(failures))
+    notes = _repeated(data) if any(name in SEARCHING for name in chosen) else ()
+    of_each[0] |= Measurement({}, failures=tuple(failures), notes=notes)
     return Measured(of_each, drift, data.facts)
 
 
@@ -219,10 +228,10 @@ def _embed(backbone: Backbone, source: FolderSource, embedder: Embedder, cache: 
     return replace(made, vectors=made.vectors.to(embedder.device), labels=labels)
 
 
-def _drift(first: Embeddings, second: Embeddings) -> dict[str, Score]:
-    if first.paths != second.paths:
-        raise Unpaired("drift: some images could be read for one backbone but not the other; keep the data unchanged")
-    return drift_scores(first.vectors, second.vectors)
+def _repeated(data: ProbeData) -> tuple[str, ...]:
+    """A note when queries would find themselves."""
+    count = len(same_content(data.queries, [data.gallery]))
+    return (f"{count:,} of {len(data.queries):,} queries {REPEATED}",) if count else ()
 
 
 def _measure_own_data(
@@ -274,23 +283,12 @@ def _reference_facts(reference: str | Path | None, there: Measured | None) -> di
 
 
 def _compared(name: str, of_each: Sequence[Measurement], deltas: Mapping[str, Interval | None]) -> dict[str, Any]:
-    """The second backbone's scores, the differences, and a verdict on the first metric of which more is better."""
+    """The second backbone's scores, the differences, and a verdict."""
     first, second = of_each
-    primary = next((m for m in first.scores if m not in NEITHER_BETTER), next(iter(first.scores), None))
-    if primary is None:
-        verdict = f"{name}: drift says how far it is from the first, not whether it is better"
-    else:
-        words = ("higher", "lower") if primary in NEITHER_BETTER else ("better", "worse")
-        verdict = f"{name}: {_word(deltas.get(primary), *words)} in {primary}"
+    primary, verdict = compare_backbones(name, first.scores, deltas)
     return {
         "compared_with": {"backbone": name, "metrics": scores_to_json(second.scores)},
         "delta": deltas_to_json(deltas),
         "primary_metric": primary,
         "verdict": verdict,
     }
-
-
-def _word(delta: Interval | None, above: str, below: str) -> str:
-    if delta is None:  # too few images for an interval
-        return "cannot tell"
-    return above if delta.lo > 0 else below if delta.hi < 0 else "no difference beyond doubt"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -19,6 +18,7 @@ from typing import Any
 import PIL
 import timm
 import torch
+from PIL import features
 from torch import Tensor
 
 from adaptkit.backbones import Backbone
@@ -26,11 +26,12 @@ from adaptkit.checkpoints import load_tensors, save_tensors
 from adaptkit.embedding import Embedder, Embeddings
 from adaptkit.errors import DataError, MachineError, UsageError
 from adaptkit.probes.fixed_views import FIXED_VIEWS, embed_views
-from adaptkit.sources import BadImage, DecodeCache, FolderSource
+from adaptkit.sources import DIGEST_BYTES, DecodeCache, FolderSource, image_digest
 
 FOLDER = "embeddings"  # in the cache
 FORMAT = "adaptkit.embeddings/1"
-MAKERS = (torch.__version__, timm.__version__, PIL.__version__)
+JPEG = features.version("libjpeg_turbo") or features.version("jpg")  # not every Pillow brings its own
+MAKERS = (torch.__version__, timm.__version__, PIL.__version__, JPEG)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,9 @@ class VectorCache:
         """What `embed_views` gives, out of the cache if it is there. Raises as it does."""
         key = self._key(f"views {FIXED_VIEWS!r} of {_names(source)}", "fp32", backbone, source, embedder)
         if (entry := self._load(key, 3, backbone.embed_dim)) is not None:
-            return entry[0]["vectors"]
+            kept = entry[0]["vectors"]
+            if kept.shape[1] == FIXED_VIEWS.num_global and 0 < len(kept) <= len(source):
+                return kept
         made = embed_views(backbone, source, embedder)
         self._store(key, {"vectors": made}, {})
         return made
@@ -92,18 +95,26 @@ class VectorCache:
         return (tensors, state) if vectors.ndim == ndim and vectors.shape[-1] == dim else None
 
     def _store(self, key: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Without room or permission, or with a folder in the way, nothing is kept: the next command computes anew."""
-        with suppress(MachineError, UsageError):
-            save_tensors(self._file(key), tensors, {"key": key} | state)
+        """Without room or permission, or with something in the way, nothing is kept: the next command computes anew."""
+        own = self._file(f"{key}.{os.getpid():x}.{os.urandom(4).hex()}")  # another command may write the same entry
+        with suppress(MachineError, UsageError, OSError):
+            try:
+                save_tensors(own, tensors, {"key": key} | state)
+                os.replace(own, self._file(key))
+            finally:
+                own.unlink(missing_ok=True)
 
 
 def _restored(tensors: dict[str, Tensor], state: dict[str, Any], source: FolderSource) -> Embeddings | None:
     """The embeddings as an embedder gives them; None when they do not fit the images."""
     rows, failures = tensors.get("rows"), state.get("failures")
-    if rows is None or not isinstance(failures, list) or len(rows) != len(tensors["vectors"]):
+    if rows is None or rows.dtype != torch.int64 or rows.shape != tensors["vectors"].shape[:1]:
         return None
-    indices = rows.tolist()
-    if sorted([*indices, *(row for row, _ in failures)]) != list(range(len(source))):
+    try:
+        indices, bad = rows.tolist(), [(int(row), str(reason)) for row, reason in failures or ()]
+    except (TypeError, ValueError):
+        return None
+    if sorted([*indices, *(row for row, _ in bad)]) != list(range(len(source))):
         return None
     labels = [source.label(index) for index in indices]
     known = [label for label in labels if label is not None]
@@ -112,29 +123,16 @@ def _restored(tensors: dict[str, Tensor], state: dict[str, Any], source: FolderS
         labels=torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
         class_names=source.class_names,
         paths=tuple(source.path(index) for index in indices),
-        failures=tuple((source.path(row), str(reason)) for row, reason in failures),
+        failures=tuple((source.path(row), reason) for row, reason in bad),
     )
 
 
 def content_digest(source: FolderSource) -> str:
     """Of the bytes of every image, in order. File names and times do not count, so a moved folder is the same."""
     digest = blake2b(digest_size=20)
-    for content in _contents(source):
-        digest.update(blake2b(content, digest_size=20).digest())
-    return digest.hexdigest()
-
-
-def _contents(source: FolderSource) -> Iterator[bytes]:
-    """The encoded images; of one that cannot be read, nothing."""
     for index in range(len(source)):
-        try:
-            content = source.content(index)
-            if content is None:
-                file = source.file(index)
-                content = file.read_bytes() if stat.S_ISREG(os.stat(file).st_mode) else b""
-        except (OSError, ValueError, BadImage):
-            content = b""
-        yield content
+        digest.update(image_digest(source, index) or bytes(DIGEST_BYTES))
+    return digest.hexdigest()
 
 
 def _names(source: FolderSource) -> str:

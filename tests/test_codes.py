@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -68,6 +69,7 @@ def test_entropy_dead_and_live_bits_are_those_of_the_shares() -> None:
     for bit in range(5):
         shares = [count / 400 for count in Counter(codes[:, bit].tolist()).values()]
         assert entropy[bit] == pytest.approx(-sum(p * math.log2(p) for p in shares), abs=1e-12)
+    assert not np.signbit(entropy).any(), "no bit has -0.000 bits"
     assert is_live(codes).tolist() == [True, True, True, False, False]
 
 
@@ -212,6 +214,30 @@ def test_attributes_become_properties(images: Path) -> None:
     assert (len(known.images), known.unmatched) == (100, 1)
     wanted = [[i > 24.75, i > 49.5, i > 74.25, i % 3 > 0, i % 3 == 0, i % 2 == 0, i % 2 == 1] for i in range(100)]
     assert known.has.tolist() == wanted
+
+
+def test_large_numbers_keep_their_quartiles_apart(images: Path) -> None:
+    found, table = collection(images, torch.randn(120, 4)), images.parent / "times.csv"
+    rows = (f"images/{found.path(i)},{1_600_000_000 + i}\n" for i in range(100))
+    table.write_text("path,time\n" + "".join(rows))
+    names = read_attributes(table, found).names
+    assert names == ("time > 1600000024.75", "time > 1600000049.5", "time > 1600000074.25")
+
+
+def test_a_table_too_wide_to_test_is_refused_at_once(images: Path, tmp_path: Path) -> None:
+    found, table = collection(images, torch.randn(120, 4)), tmp_path / "wide.csv"
+    for columns, words in ((1_000_000, "attributes, at most 1,000"), (900, "more than 2,000 properties")):
+        header = ",".join(f"c{number}" for number in range(columns))
+        table.write_text(f"path,{header}\n" + "".join(f"{found.files[i]}{f',{i % 4}' * 900}\n" for i in range(8)))
+        with pytest.raises(DataError, match=words):
+            read_attributes(table, found)
+
+
+def test_a_table_that_is_no_file_is_refused(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(DataError, match="is not a file"):
+            read_attributes(place, collection(images, torch.randn(120, 4)))
 
 
 def test_images_that_are_known_are_not_embedded_again(images: Path) -> None:

@@ -12,7 +12,7 @@ from conftest import draw_image, write_folder
 
 import adaptkit
 from adaptkit.backbones import load_backbone
-from adaptkit.embedding import Embedder
+from adaptkit.embedding import Embedder, Embeddings
 from adaptkit.errors import DataError, UsageError
 from adaptkit.probes import Score, d_eff, paired_jackknife, r_eff, rankme
 from adaptkit.probes.measure import KEPT_WEIGHT, Measurement, compare, measure_labelled, measure_target, selection_score
@@ -130,6 +130,16 @@ def test_compare_gives_no_interval_for_one_query_and_refuses_other_queries() -> 
     assert compare(one, one) == {"m": None}
     with pytest.raises(DataError, match="could be read before but not after"):
         compare(one, Measurement({"m": Score(50, torch.tensor([50.0, 50.0]))}))
+
+
+def test_compare_refuses_as_many_other_images() -> None:
+    def measured(*paths: str) -> Measurement:
+        queries = Embeddings(torch.zeros(len(paths), 2), None, None, paths)
+        return Measurement({"m": Score(50, torch.tensor([0.0, 100.0]))}, queries=queries)
+
+    assert compare(measured("a", "b"), measured("a", "b"))
+    with pytest.raises(DataError, match="not the same images"):
+        compare(measured("a", "b"), measured("a", "c"))
 
 
 def test_compare_ranks_leaves_out_the_same_images_on_both_sides(vit: Path, other: Path, folder: Path) -> None:

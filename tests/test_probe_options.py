@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
+import timm
 import torch
 from conftest import write_folder
 
 import adaptkit
-from adaptkit import evaluate
+from adaptkit import evaluate, vector_cache
 from adaptkit.backbones import Backbone, load_backbone, save_backbone
+from adaptkit.checkpoints import save_tensors
 from adaptkit.cli import command_probe
 from adaptkit.cli.summary import print_probe
-from adaptkit.embedding import Embedder
+from adaptkit.embedding import Embedder, Embeddings
 from adaptkit.errors import DataError, UsageError
-from adaptkit.probes import DEFAULT_PROBES, PROBES, SOURCE_PROBES, alpha_req, lidar
+from adaptkit.probes import DEFAULT_PROBES, PROBES, SOURCE_PROBES, Interval, alpha_req, lidar
 from adaptkit.probes.drift import linear_cka
 from adaptkit.probes.fixed_views import embed_views
-from adaptkit.probes.measure import Measurement
+from adaptkit.probes.measure import Measurement, Unpaired
 from adaptkit.probes.score import whole_score
+from adaptkit.report.comparison import compare_backbones
 from adaptkit.sources import FolderSource, open_folder, open_labelled
-from adaptkit.vector_cache import VectorCache, backbone_facts, content_digest
+from adaptkit.vector_cache import JPEG, MAKERS, VectorCache, backbone_facts, content_digest
 
 EMBEDDER = Embedder(batch_size=16, device=torch.device("cpu"))
 
@@ -91,6 +98,43 @@ def test_a_reference_gets_the_same_probes(vit: Path, other: Path, few: Path, lab
     assert document["primary_metric"] == "cluster_accuracy"
     with pytest.raises(UsageError, match="give --backbone twice"):
         adaptkit.probe(str(vit), labelled, reference=few)
+
+
+def test_a_verdict_on_the_reference_is_no_praise_of_its_rank() -> None:
+    change = {"reference_rankme": Interval(2.0, 1.0, 3.0), "reference_knn_top1": Interval(-2.0, -3.0, -1.0)}
+    assert compare_backbones("b", ["reference_rankme"], change) == ("reference_rankme", "b: higher in reference_rankme")
+    both = ["rankme", "reference_rankme", "reference_knn_top1"]
+    assert compare_backbones("b", both, change) == ("reference_knn_top1", "b: worse in reference_knn_top1")
+    assert compare_backbones("b", ["rankme", "reference_rankme"], {}) == ("rankme", "b: cannot tell in rankme")
+
+
+def test_queries_that_find_themselves_are_counted(vit: Path, few: Path, tmp_path: Path) -> None:
+    def notes(queries: Path, metric: str) -> list[str]:
+        found: list[str] = adaptkit.probe(str(vit), few, queries=queries, metrics=[metric]).document["notes"]
+        return found
+
+    (note,) = notes(few, "retrieval")
+    assert note.startswith("18 of 18 queries are also gallery images")
+    assert notes(few, "clustering") == [], "which has no gallery"
+    assert notes(write_folder(tmp_path / "new", classes=3, per_class=2, start=90), "retrieval") == []
+
+
+def test_backbones_that_read_other_images_are_not_compared(
+    vit: Path, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, missing = evaluate._embed, iter([0, 0, 1, 0])  # one image of each set, but not the same queries
+
+    def forgetful(*given: Any) -> Embeddings:
+        made, lost = embed(*given), next(missing)
+        assert made.labels is not None
+        kept = [row for row in range(len(made.paths)) if row != lost]
+        return replace(
+            made, vectors=made.vectors[kept], labels=made.labels[kept], paths=tuple(made.paths[row] for row in kept)
+        )
+
+    monkeypatch.setattr(evaluate, "_embed", forgetful)
+    with pytest.raises(Unpaired, match="for one backbone but not for the other"):
+        adaptkit.probe([str(vit), str(vit)], few, metrics=["knn"])
 
 
 def test_small_classes_leave_a_note(vit: Path, few: Path) -> None:
@@ -175,6 +219,19 @@ def test_the_cache_gives_back_what_was_computed(vit: Path, tmp_path: Path) -> No
         assert (made.paths, made.failures, made.class_names) == (plain.paths, plain.failures, plain.class_names)
 
 
+def test_other_libraries_make_another_key(
+    vit: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key() -> str:
+        return VectorCache.make(tmp_path)._key("images", "fp32", load_backbone(str(vit)), open_folder(few), EMBEDDER)
+
+    assert (torch.__version__, timm.__version__, PIL.__version__, JPEG) == MAKERS
+    before = key()
+    assert key() == before
+    monkeypatch.setattr(vector_cache, "MAKERS", (*MAKERS[:3], "a newer libjpeg"))
+    assert key() != before
+
+
 @pytest.mark.long
 def test_everything_that_decides_an_embedding_is_in_the_key(vit: Path, other: Path, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", classes=2, per_class=3)
@@ -182,6 +239,8 @@ def test_everything_that_decides_an_embedding_is_in_the_key(vit: Path, other: Pa
     assert embedded(cache, backbone, open_folder(data))[0] == 1
     assert embedded(cache, backbone, open_folder(data))[0] == 0
     assert embedded(cache, backbone, open_folder(data), precision="bf16")[0] == 1
+    assert embedded(cache, backbone, open_folder(data), batch_size=5)[0] == 1
+    assert embedded(cache, backbone, open_folder(data, "percentile"))[0] == 1
     assert embedded(cache, load_backbone(str(other)), open_folder(data))[0] == 1
     for changed in ({"image_px": 48}, {"readout": "mean"}, {"mean": (0.1, 0.2, 0.3)}):
         clone = backbone.clone()
@@ -203,6 +262,17 @@ def test_everything_that_decides_an_embedding_is_in_the_key(vit: Path, other: Pa
     assert content_digest(moved) != content_digest(moved.subset(np.arange(6)[::-1].copy()))
 
 
+def test_a_large_file_is_not_held_in_memory_to_know_it_again(tmp_path: Path) -> None:
+    (tmp_path / "large.tif").touch()
+    os.truncate(tmp_path / "large.tif", 1 << 25)
+    source = open_folder(tmp_path)
+    tracemalloc.start()
+    content_digest(source)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 22
+
+
 def test_damaged_entries_are_computed_anew(vit: Path, few: Path, tmp_path: Path) -> None:
     backbone, source = load_backbone(str(vit)), open_folder(few)
     _, good = embedded(tmp_path, backbone, source)
@@ -218,6 +288,50 @@ def test_damaged_entries_are_computed_anew(vit: Path, few: Path, tmp_path: Path)
     entry.unlink()
     entry.mkdir()  # in the way of the entry: nothing can be kept, nothing is lost
     assert embedded(tmp_path, backbone, source)[0] == 1
+    assert list((tmp_path / "embeddings").iterdir()) == [entry], "nothing half written is left"
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nowhere", "link to itself"])
+def test_what_is_in_the_way_of_the_embeddings_costs_their_keeping_alone(
+    vit: Path, few: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = VectorCache.make(tmp_path).folder
+    if kind == "file":
+        folder.write_text("mine")
+    else:
+        folder.symlink_to("nowhere" if kind.endswith("nowhere") else folder)
+    count, made = embedded(tmp_path, load_backbone(str(vit)), open_folder(few))
+    assert (count, len(made.vectors)) == (1, 18)
+
+
+def test_entries_that_fit_no_images_are_computed_anew(vit: Path, few: Path, tmp_path: Path) -> None:
+    backbone, source = load_backbone(str(vit)), open_folder(few)
+    _, good = embedded(tmp_path, backbone, source)
+    (entry,) = (tmp_path / "embeddings").iterdir()
+    rows = torch.arange(18)
+    for tensors, failures in (
+        ({"rows": rows.double()}, []),
+        ({"rows": rows[:, None]}, []),
+        ({"rows": rows[:17], "vectors": good.vectors[:17]}, 17),
+        ({"rows": rows[:17], "vectors": good.vectors[:17]}, ["ab"]),
+        ({"rows": rows[:17], "vectors": good.vectors[:17]}, [[None, "bad"]]),
+        ({"rows": rows.flip(0)[:17], "vectors": good.vectors[:17]}, [[1, "bad"]]),
+    ):
+        whole = {"vectors": good.vectors.clone()} | {name: each.contiguous() for name, each in tensors.items()}
+        save_tensors(entry, whole, {"key": entry.stem, "failures": failures})
+        count, made = embedded(tmp_path, backbone, source)
+        assert (count, torch.equal(made.vectors, good.vectors)) == (1, True), failures
+
+
+def test_what_another_command_is_writing_is_left_alone(vit: Path, few: Path, tmp_path: Path) -> None:
+    backbone, source = load_backbone(str(vit)), open_folder(few)
+    embedded(tmp_path, backbone, source)
+    (entry,) = (tmp_path / "embeddings").iterdir()
+    entry.unlink()
+    half = entry.with_name(f"{entry.name}.part")
+    half.write_bytes(b"half")
+    assert [embedded(tmp_path, backbone, source)[0] for _ in range(2)] == [1, 0]
+    assert half.read_bytes() == b"half"
 
 
 def test_commands_share_a_cache_of_images_and_views(

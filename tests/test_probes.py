@@ -242,15 +242,15 @@ def test_rank_probe_scores_the_gallery(gallery: Embeddings, queries: Embeddings)
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("k", [1, 10, 500])
 def test_neighbour_overlap_against_a_double_loop(gallery: Embeddings, k: int) -> None:
-    original = gallery.vectors
+    original = gallery.vectors[:60]
     adapted = original + 2 * torch.randn(original.shape, generator=torch.Generator().manual_seed(0))
     expected = []
-    for i in range(150):
+    for i in range(60):
         kept = []
         for vectors in (original, adapted):
-            ranked = sorted(((cosine(vectors[i], vectors[j]), j) for j in range(150) if j != i), reverse=True)
+            ranked = sorted(((cosine(vectors[i], vectors[j]), j) for j in range(60) if j != i), reverse=True)
             kept.append({j for _, j in ranked[:k]})
-        expected.append(len(kept[0] & kept[1]) / min(k, 149))
+        expected.append(len(kept[0] & kept[1]) / min(k, 59))
     assert neighbour_overlap(original, adapted, k).tolist() == pytest.approx(expected)
     assert neighbour_overlap(original, 3 * original, k).min() == 1
 

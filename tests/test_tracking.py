@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -110,6 +111,7 @@ def test_lines_of_the_log_become_numbers_of_the_same_names() -> None:
     bounds = {"knn_top1_delta_lower": -1.0, "knn_top1_delta_upper": 6.0}
     assert numbers_of(EVALUATION) == {"knn_top1": 62.5, "knn_top1_delta": 2.5} | bounds
     assert "knn_top1_delta_lower" not in numbers_of(EVALUATION | {"delta": {"value": 2.5, "ci95": None}})
+    assert numbers_of(EVALUATION | {"value": None}).keys() == bounds.keys() | {"knn_top1_delta"}
     assert numbers_of({"step": 3, "kind": "collapse", "reason": "no"}) == {}
 
 
@@ -195,6 +197,54 @@ def test_a_resumed_run_goes_on_where_its_tracker_is(tmp_path: Path) -> None:
     summary = text(found, "summary")
     assert all(f"| {key} | {value} |" in summary for key, value in {"state": "failed", "exit_code": 8}.items())
     assert "_hparams_/session_end_info" not in found.summary_metadata, "it may be resumed once more"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"id": "run", "lines": "2", "parameters": true}', '{"lines": 2}'])
+def test_a_damaged_record_costs_a_new_run_of_the_tracker_and_a_note(tmp_path: Path, text: str) -> None:
+    run = started(tmp_path / "run", "tensorboard")
+    with Tracked(run, Recorder()) as first:
+        first.begin()
+        first.training(2, 6, {})
+    (run.path / "tracking" / "tensorboard.json").write_text(text)
+    reporter = Recorder()
+    with Tracked(run, reporter) as second:
+        second.begin()
+        run.log(TRAIN | {"step": 4})
+        second.training(4, 6, {})
+    assert [note for note in reporter.notes if "damaged, so tensorboard gets a new run" in note] == reporter.notes != []
+    assert_holds(scalars(events(run.path / "tracking" / "tensorboard" / "run-2")), run.path)
+
+
+def test_without_its_folder_the_tracker_gets_everything_again(tmp_path: Path) -> None:
+    run = started(tmp_path / "run", "tensorboard")
+    for _ in range(2):
+        with Tracked(run, reporter := Recorder()) as tracking:
+            tracking.begin()
+            tracking.training(2, 6, {})
+        assert reporter.notes == []
+        assert_holds(scalars(events(run.path / "tracking" / "tensorboard" / "run")), run.path)
+        shutil.rmtree(run.path / "tracking")
+
+
+def test_what_a_tracker_says_of_a_server_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2-hunter2")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    said = "http://joe:p@ss@host:5000/api refused hunter2-hunter2 and 0123456789abcdef of http://host/a@b"
+
+    def refuse(self: Broken, known: str | None) -> str:
+        raise ConnectionError(said)
+
+    monkeypatch.setitem(tracked.TRACKERS, "mlflow", Broken)
+    monkeypatch.setattr(Broken, "start", refuse)
+    run, reporter = started(tmp_path / "run", "mlflow"), Recorder()
+    with pytest.raises(MachineError) as raised, Tracked(run, reporter) as first:
+        first.begin()
+    run.write_json("tracking/mlflow.json", {"id": "id", "lines": 0, "parameters": True})
+    with Tracked(run, reporter) as second:
+        second.begin()
+    for text in (str(raised.value), *reporter.notes):
+        assert "(ConnectionError: http://***@host:5000/api refused *** and *** of http://host/a@b)" in text
+    assert len(reporter.notes) == 1
 
 
 class Broken:

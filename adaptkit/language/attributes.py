@@ -19,6 +19,8 @@ from adaptkit.sources.lists import read_table
 from adaptkit.sources.source import shown
 
 MAX_VALUES = 200  # of a column of words; more are names of single images
+MAX_COLUMNS, MAX_PROPERTIES = 1_000, 2_000  # each property takes part in every shuffle
+MAX_HEADER = 1 << 20  # characters
 QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -44,7 +46,7 @@ def read_attributes(file: str | Path, images: Collection) -> Properties:
 
     A column of numbers with more than two values becomes "above" its quartiles, any other one property for each value.
     Raises `DataError` when there is no such column, a gap, an image listed twice, no listed image among those that are
-    described, or words that nearly every image has for itself.
+    described, words that nearly every image has for itself, or more columns or properties than can be tested.
     """
     file = Path(file)
     columns = attribute_names(file)
@@ -69,6 +71,8 @@ def read_attributes(file: str | Path, images: Collection) -> Properties:
     found: dict[str, Codes] = {}
     for number, column in enumerate(columns):
         found |= _split(file, column, [cells[row][number] for row in rows])
+        if len(found) > MAX_PROPERTIES:
+            raise DataError(f"{shown(file)}: makes more than {MAX_PROPERTIES:,} properties; leave out some columns")
     if not found:
         raise DataError(f"{shown(file)}: every attribute is the same for all {len(rows)} images described")
     has = np.stack(list(found.values()), axis=1)
@@ -77,14 +81,21 @@ def read_attributes(file: str | Path, images: Collection) -> Properties:
 
 def attribute_names(file: Path) -> list[str]:
     """The header without `path`; `read_table` then says what is wrong with the rest."""
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would wait for ever
+        raise DataError(f"{shown(file)}: is not a file; give --attributes a .csv")
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-            header = [word.strip() for word in next(csv.reader(lines), [])]
+            header = [word.strip() for word in next(csv.reader([lines.readline(MAX_HEADER)]), [])]
     except (OSError, csv.Error) as error:
-        raise DataError(f"{shown(file)}: cannot be read as a table of attributes ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{shown(file)}: cannot be read as a table of attributes ({reason}); save it as .csv") from None
     columns = [word for word in header if word and word != "path"]
     if "path" not in header or not columns:
         raise DataError(f"{shown(file)}: needs the header path,ATTRIBUTE,... with one attribute or more")
+    if len(columns) > MAX_COLUMNS:
+        raise DataError(
+            f"{shown(file)}: has {len(columns):,} attributes, at most {MAX_COLUMNS:,} can be tested; leave some out"
+        )
     return columns
 
 
@@ -94,7 +105,7 @@ def _split(file: Path, column: str, values: Sequence[str]) -> dict[str, Codes]:
     numbers = _as_numbers(values)
     if numbers is not None and len(distinct) > 2:
         cuts = sorted({float(np.quantile(numbers, share)) for share in QUARTILES})
-        split = {f"{column} > {cut:.4g}": numbers > cut for cut in cuts}
+        split = {f"{column} > {text}": numbers > cut for cut, text in zip(cuts, _apart(cuts), strict=True)}
     elif len(distinct) > MAX_VALUES:
         raise DataError(
             f"{shown(file)}: column {shown(column)} has {len(distinct)} different words, at most {MAX_VALUES} can be "
@@ -104,6 +115,12 @@ def _split(file: Path, column: str, values: Sequence[str]) -> dict[str, Codes]:
         words = np.array(values, dtype=object)
         split = {f"{column} {value}": words == value for value in distinct}
     return {name: has for name, has in split.items() if 0 < has.sum() < len(has)}
+
+
+def _apart(cuts: Sequence[float]) -> list[str]:
+    """Each with 4 digits, or in full where these do not tell them apart."""
+    short = [f"{cut:.4g}" for cut in cuts]
+    return short if len(set(short)) == len(cuts) else [repr(cut) for cut in cuts]
 
 
 def _as_numbers(values: Sequence[str]) -> np.ndarray | None:

@@ -35,10 +35,11 @@ def probe_clustering(gallery: Embeddings, queries: Embeddings) -> dict[str, Scor
     class_of = torch.from_numpy(assign(-table.double().numpy()))
     scores = {"cluster_accuracy": percent_score(class_of[found] == truth)}
     groups = leave_out(len(truth), BLOCKS) if len(truth) >= 4 else []
-    tables = [contingency(found[kept], truth[kept], len(classes)) for kept in groups]
     sizes = [len(truth) - len(kept) for kept in groups]
-    for name, measure in (("nmi", nmi), ("ari", ari)):
-        scores[name] = jackknifed_score(measure(table), [measure(part) for part in tables], sizes)
+    tables = (contingency(found[kept], truth[kept], len(classes)) for kept in groups)  # one at a time: they are K x K
+    parts = [(nmi(part), ari(part)) for part in tables]
+    for number, (name, value) in enumerate((("nmi", nmi(table)), ("ari", ari(table)))):
+        scores[name] = jackknifed_score(value, [part[number] for part in parts], sizes)
     return scores
 
 

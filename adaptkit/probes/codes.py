@@ -31,7 +31,7 @@ def bit_entropy(codes: Codes) -> Floats:
 
 def plogp(p: Floats) -> Floats:
     """-p log2 p, 0 where p is 0."""
-    return -p * np.log2(np.where(p > 0, p, 1))
+    return 0 - p * np.log2(np.where(p > 0, p, 1))  # not -p: 0 has no sign
 
 
 def is_live(codes: Codes) -> NDArray[np.bool_]:

@@ -83,6 +83,8 @@ def selection_score(found: Tensor, kept: Tensor) -> Tensor:
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Interval | None]:
     """after - before for every metric both have, paired by image; None where none can be given. Raises `Unpaired`."""
+    if before.queries is not None and after.queries is not None and before.queries.paths != after.queries.paths:
+        raise Unpaired("not the same images could be read before and after; keep the data unchanged")
     deltas: dict[str, Interval | None] = {}
     for name, old in before.scores.items():
         new = after.scores.get(name)

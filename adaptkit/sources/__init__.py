@@ -27,7 +27,9 @@ from adaptkit.sources.labels import open_labelled as open_labelled
 from adaptkit.sources.pixels import Scale as Scale
 from adaptkit.sources.source import BadImage as BadImage
 from adaptkit.sources.source import ImageSource as ImageSource
+from adaptkit.sources.splits import DIGEST_BYTES as DIGEST_BYTES
 from adaptkit.sources.splits import Split as Split
+from adaptkit.sources.splits import image_digest as image_digest
 from adaptkit.sources.splits import same_content as same_content
 from adaptkit.sources.splits import split as split
 from adaptkit.sources.upright import upright_size as upright_size

@@ -19,6 +19,7 @@ from adaptkit.sources.source import BadImage, ImageSource, hash_order
 MIN_IMAGES = 8
 MIN_HELD_OUT = 2  # one image always finds itself again: nothing could be measured on it
 MAX_HELD_OUT = 2_000
+DIGEST_BYTES = 64  # of blake2b
 SALT = "split"
 
 Parts = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
@@ -107,10 +108,11 @@ def same_content(source: FolderSource, others: Iterable[FolderSource]) -> NDArra
 
 
 def _digests(source: FolderSource, indices: NDArray[np.int64]) -> dict[int, bytes]:
-    return {i: digest for i in indices.tolist() if (digest := _content_digest(source, i)) is not None}
+    return {i: digest for i in indices.tolist() if (digest := image_digest(source, i)) is not None}
 
 
-def _content_digest(source: FolderSource, index: int) -> bytes | None:
+def image_digest(source: FolderSource, index: int) -> bytes | None:
+    """Of an image's bytes, 64 bytes long; None when they cannot be read. A file is never held in memory as a whole."""
     if source.store is not None:
         try:
             return hashlib.blake2b(source.store.read(int(source.rows[index]))).digest()

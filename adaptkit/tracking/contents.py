@@ -29,7 +29,7 @@ def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
     """
     if line.get("kind") == "evaluation":
         metric = line["metric"]
-        return {metric: line["value"]} | _score(f"{metric}_delta", line["delta"])
+        return _score(metric, {"value": line["value"]}) | _score(f"{metric}_delta", line["delta"])
     if line.get("kind") == "train":
         return {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
     return {}

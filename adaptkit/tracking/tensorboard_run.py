@@ -20,7 +20,10 @@ class TensorBoardRun:
         self.environment: Mapping[str, str] = {}
 
     def start(self, known: str | None) -> str:
-        name = known or self.name
+        name, number = known or self.name, 1
+        while known is None and (self.folder / name).exists():  # events of a run that nothing is known of any more
+            number += 1
+            name = f"{self.name}-{number}"
         self.tracker = TensorBoardTracker(name, self.folder)
         self.tracker.start()
         return name

@@ -7,6 +7,8 @@ the same run of the tracker, and lines that a server missed while it was away ar
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -32,6 +34,9 @@ TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {
 }
 RETRY_SECONDS = 60.0  # after a failure; in between the run does not wait for a server that may be gone
 MAX_REASON = 200  # characters
+PASSWORD = re.compile(r"://[^/?#\s]*@")  # of a URL; greedy, as a password may hold an @
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")  # in the name of a variable: WANDB_API_KEY, MLFLOW_TRACKING_TOKEN
+LEAST_SECRET = 8  # characters; what is shorter may be a word of the message
 
 
 class Follower:
@@ -41,11 +46,23 @@ class Follower:
         self.name, self.run, self.note = name, run, note
         self.tracker = TRACKERS[name](run.path / FOLDER, run.path.name)
         self.file = f"{FOLDER}/{name}.json"
-        kept = run.read_json(self.file) or {}
-        self.known, self.sent, self.is_described = kept.get("id"), kept.get("lines", 0), kept.get("parameters", False)
+        self.known, self.sent, self.is_described = self._kept()
         self.resources = ExitStack()
         self.is_open = self.has_warned = False
         self.retry_at = 0.0
+
+    def _kept(self) -> tuple[str | None, int, bool]:
+        """The tracker's id of the run, lines it has, whether it has the recipe. It begins anew if that is damaged."""
+        try:
+            kept = self.run.read_json(self.file) or {}
+        except UsageError:
+            kept = {"damaged": True}
+        known, sent, is_described = kept.get("id"), kept.get("lines"), kept.get("parameters")
+        if isinstance(known, str) and isinstance(sent, int) and sent >= 0 and isinstance(is_described, bool):
+            return known, sent, is_described
+        if kept:
+            self.note(f"{self.run.path / self.file}: damaged, so {self.name} gets a new run with everything so far")
+        return None, 0, False
 
     def begin(self) -> None:
         """Open the tracker's run. Raises `UsageError`, `MachineError`, but not if it was open once: then it may wait.
@@ -174,6 +191,10 @@ class Tracked:
 
 
 def _reason(error: BaseException) -> str:
-    """An error in one short line."""
+    """An error in one short line, without the passwords and keys that servers are named and asked by."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    secrets = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= LEAST_SECRET}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = PASSWORD.sub("://***@", text)
     return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 3]}..."

@@ -15,9 +15,10 @@ from accelerate.utils import broadcast_object_list
 
 from adaptkit.backbones import Backbone
 from adaptkit.embedding import Embedder
-from adaptkit.errors import UsageError
+from adaptkit.errors import DeviceMemoryError, UsageError
 from adaptkit.inputs import Inputs, open_inputs
 from adaptkit.memory import train_in_memory
+from adaptkit.microbatch import advice
 from adaptkit.prepare import load_original, loader_workers, settle
 from adaptkit.recipe import Recipe
 from adaptkit.requirement import check_wishes
@@ -158,12 +159,19 @@ def forecast(
     """Time a few steps and a few embeddings, nothing of which is kept. `recipe` is settled (`prepare.settle`).
 
     `num_processes`: of the run, where this is one process that stands for all: it times its share of a batch, without
-    the messages between them.
+    the messages between them. Raises `DeviceMemoryError` where one of several would: alone it cannot
+    take fewer images at once.
     """
     num_processes = num_processes or accelerator.num_processes
     share = recipe.batch_size * accelerator.num_processes // num_processes
     tried_recipe = recipe.model_copy(update={"batch_size": share})
     cost = time_steps(accelerator, tried_recipe, inputs, original, workers, TRIED_STEPS)
+    if num_processes > 1 and cost.micro_batch != recipe.micro_batch:
+        images = min(recipe.micro_batch or share, share)
+        raise DeviceMemoryError(
+            f"out of memory with {images} images at once in each of {num_processes} processes; use "
+            + advice(recipe, original.module, images)
+        )
     recipe = recipe.model_copy(update={"micro_batch": cost.micro_batch})
     tried = inputs.train.subset(np.arange(min(len(inputs.train), recipe.probe.batch_size)))
     embedder = Embedder(recipe.probe.batch_size, workers, device=accelerator.device)

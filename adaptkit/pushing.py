@@ -37,7 +37,7 @@ def push_run(run: str | Path, repo: str, *, private: bool = True) -> dict[str, A
     except HFValidationError as error:
         raise UsageError(f"--push-to-hub {repo[:60]}: write ORG/NAME ({line(error, 100)})") from None
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(opened.path / "backbone", folder, dirs_exist_ok=True)
+        _copy(opened.path / "backbone", Path(folder))
         (Path(folder) / "README.md").write_text(render_markdown(public(report), repo), encoding="utf-8")
         try:
             api = HfApi()
@@ -47,3 +47,12 @@ def push_run(run: str | Path, repo: str, *, private: bool = True) -> dict[str, A
             advice = "log in with `hf auth login`, check name and network"
             raise MachineError(f"{repo}: not uploaded ({line(error, 140)}); {advice}") from error
     return {"schema": SCHEMA, "run": str(opened.path), "repo": repo, "url": str(url), "private": private}
+
+
+def _copy(backbone: Path, folder: Path) -> None:
+    try:
+        shutil.copytree(backbone, folder, dirs_exist_ok=True)
+    except FileNotFoundError:
+        raise UsageError(f"{backbone}: is gone; run again, or push the folder where it is now by hand") from None
+    except OSError as error:  # of several files at once `strerror` is None
+        raise MachineError(f"{backbone}: cannot be copied to {folder} ({line(error, 140)}); check both disks") from None

@@ -158,7 +158,7 @@ def _adapt(run: Run, reporter: Tracked, stop: StopRequest, given: nn.Module | Ba
     phase("select", "selecting, and probing the selected backbone")
     outcome = conclude(original, supervisor, judge, collapse)
     phase("export", "exporting, reloading, comparing")
-    head = hand_over(run, session, outcome, embedder)
+    head = hand_over(run, session, outcome, embedder, stop)
     phase("pictures", "taking pictures for the report")
     if accelerator.is_main_process:
         save_pictures(run, session, judge, outcome, head, reporter.note)
@@ -230,23 +230,31 @@ def train(s: Session, supervisor: Supervisor, reporter: Reporter) -> str | None:
     return None
 
 
-def refit_head(s: Session, backbone: Backbone) -> nn.Module:
-    """A head for the codes of a backbone that is not the last teacher: drawn anew and trained on it, frozen."""
+def refit_head(s: Session, backbone: Backbone, run: Run, stop: StopRequest) -> nn.Module:
+    """A head for the codes of a backbone that is not the last teacher: drawn anew and trained on it, frozen.
+
+    Raises `Interrupted` after a signal; a resumed run fits it from the start.
+    """
+
+    def after_step(step: int) -> str | None:
+        return INTERRUPTED if step % s.recipe.log_every == 0 and in_any(stop.received) else None
+
     frozen_for = {"head": s.recipe.head.model_copy(update={"warmup": "100%", "reset_every": "never"}), "tune": "full"}
     plan = Plan.make(s.recipe.model_copy(update={"steps": s.plan.refit_steps, **frozen_for}), len(s.source))
     refit = open_session(s.accelerator, plan, s.source, backbone, backbone.clone(), s.workers, s.on_failures)
-    train_steps(refit, lambda step: None)
+    if train_steps(refit, after_step) == INTERRUPTED:
+        raise Interrupted(f"stopped while the head was fitted; go on with: adaptkit resume {run.path}")
     return refit.teacher.head
 
 
-def hand_over(run: Run, s: Session, outcome: Outcome, embedder: Embedder) -> nn.Module:
+def hand_over(run: Run, s: Session, outcome: Outcome, embedder: Embedder, stop: StopRequest) -> nn.Module:
     """Write `backbone/` and `head.safetensors`; the export is reloaded and compared before anything is said.
 
     Returns the head.
     """
     chosen = outcome.selected
     is_last_teacher = chosen is not None and (chosen.step, chosen.alpha) == (s.state.step, 1.0)
-    head = s.teacher.head if is_last_teacher else refit_head(s, outcome.backbone)
+    head = s.teacher.head if is_last_teacher else refit_head(s, outcome.backbone, run, stop)
 
     def export() -> None:
         export_backbone(outcome.backbone, run.path / "backbone", s.source, replace(embedder, shared=False))

@@ -24,7 +24,10 @@ from adaptkit import errors
 from adaptkit.cli import main
 from adaptkit.cli.command_recipes import about, read
 from adaptkit.cli.options import field_of
+from adaptkit.evaluate import OWN_DATA
 from adaptkit.probes import PROBES
+from adaptkit.probes.drift import drift_scores
+from adaptkit.probes.lidar import lidar_score
 from adaptkit.recipe import FLAGS, Recipe, recipe_names
 from adaptkit.report.html.curves import CHARTS, NAMES
 from adaptkit.report.html.page import METRICS
@@ -123,7 +126,9 @@ def report_page() -> str:
     ]
     lines += [f"| `{key}` | {_cell(what)} |" for key, what in log_keys()]
     lines += ["", "## Probes", "", "For `adaptkit probe --metric`.", "", "| probe | what it gives |", "| --- | --- |"]
-    lines += [f"| `{name}` | {_cell(_first_paragraph(inspect.getdoc(probe)))} |" for name, probe in PROBES.items()]
+    own = {name: import_module(f"adaptkit.dense.{name}").measure for name in OWN_DATA}
+    every = PROBES | {"lidar": lidar_score, "drift": drift_scores} | own
+    lines += [f"| `{name}` | {_cell(_first_paragraph(inspect.getdoc(probe)))} |" for name, probe in every.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ if [ $# -lt 5 ]; then
 fi
 backbone=$1 data=$2 labels=$3 runs=$4 in_service=$5
 shift 5
+while [[ $in_service == ?*/ ]]; do in_service=${in_service%/}; done # with the slash a link is taken for its folder
 gain=${GAIN:-knn_top1>=0.5}
 run=$runs/${NIGHT:-$(date +%F)}
 

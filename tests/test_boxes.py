@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +179,12 @@ def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
     assert failures == (("images/a.png", "not a readable image file"),)
 
 
+def with_pipe(data: Path, name: str) -> Path:
+    (data / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(data / name)
+    return data
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;">]>' + VOC.format("&c;")
 
 
@@ -196,10 +203,14 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;">]>' + VOC.format("&c;")
         ("'1e999' is no number", lambda data: write_csv(data, "images/a.png,1,2,1e999,12")),
         ("lists no box", lambda data: write_csv(data)),
         ("needs a path and a x0", lambda data: write_csv(data, "images/a.png,1,2")),
+        ("boxes.csv: is a pipe or a device", lambda data: with_pipe(data, "boxes.csv")),
+        ("no boxes.csv", lambda data: with_pipe(data, "Annotations/a.xml")),
+        ("no boxes.csv", lambda data: with_pipe(data, "annotations/a.json")),
         ("have no box at all", lambda data: write_voc(data, VOC.format(""))),
         ("defines a document type", lambda data: write_voc(data, BOMB)),
         ("cannot be read as VOC XML", lambda data: write_voc(data, BOMB, encoding="utf-16")),
-        ("cannot be read as VOC XML", lambda data: write_voc(data, VOC[:30])),
+        ("save it anew, as UTF-8", lambda data: write_voc(data, VOC[:30])),
+        ("cannot be read as VOC XML", lambda data: write_voc(data, VOC.format("\0"))),
         ("cannot be read as VOC XML", lambda data: write_voc(data, VOC.format("&lol;"))),
         ("larger than", lambda data: write_voc(data, VOC.format(" " * (1 << 20)))),
         ("no file name inside", lambda data: write_voc(data, VOC.format("").replace("a.png", "../a.png"))),

@@ -236,7 +236,7 @@ def test_a_table_too_wide_to_test_is_refused_at_once(images: Path, tmp_path: Pat
 def test_a_table_that_is_no_file_is_refused(images: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(DataError, match="is not a file"):
+        with pytest.raises(DataError, match="is a pipe or a device|cannot be read as a table"):
             read_attributes(place, collection(images, torch.randn(120, 4)))
 
 
@@ -256,6 +256,12 @@ def test_images_that_are_known_are_not_embedded_again(images: Path) -> None:
         assert each.classes == [path.partition("/")[0] for path in each.embeddings.paths]
         assert [half.path(place) for place in each.positions] == list(each.embeddings.paths)
     assert known_again(again[0] or known, plain) is None
+
+
+def test_a_pipe_is_no_table(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match=r"pipe.csv: is a pipe or a device; save the list as a file$"):
+        read_attributes(tmp_path / "pipe.csv", collection(images, torch.randn(120, 16)))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ from adaptkit import errors
 from adaptkit.backbones.names import find
 from adaptkit.cli import main
 from adaptkit.cli.options import overrides
-from adaptkit.probes import PROBES
+from adaptkit.evaluate import OWN_DATA
+from adaptkit.probes import PROBES, SOURCE_PROBES
 from adaptkit.recipe import Recipe, load_recipe, recipe_names
 from adaptkit.report.schema import report_schema
 from adaptkit.requirement import LABEL_METRICS, TARGET_METRICS
@@ -189,7 +190,8 @@ def test_every_report_key_metric_and_probe_is_in_the_reference(pages: Mapping[st
     for part in (schema, *schema["$defs"].values()):
         for key in part["properties"]:
             assert re.search(rf"^\| `(\S+\.)?{key}` \|", page, re.M), key
-    for name in (*LABEL_METRICS, *TARGET_METRICS, *PROBES, "bit_information", "teacher_d_eff"):
+    probes = (*PROBES, *SOURCE_PROBES, *OWN_DATA)
+    for name in (*LABEL_METRICS, *TARGET_METRICS, *probes, "bit_information", "teacher_d_eff"):
         assert re.search(rf"^\| `{name}` \|.*\w.*\|$", page, re.M), name
 
 

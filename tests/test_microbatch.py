@@ -29,6 +29,7 @@ from adaptkit.loop import train_steps
 from adaptkit.memory import train_in_memory
 from adaptkit.microbatch import checkpoint_blocks_, embed_in_parts
 from adaptkit.objectives.head import ProjectionHead
+from adaptkit.preflight.story import check_recipe
 from adaptkit.recipe import load_recipe, overrides_of
 from adaptkit.schedules import Plan
 from adaptkit.session import Session, open_accelerator
@@ -403,6 +404,18 @@ def test_the_detector_sees_the_whole_batch(vit: Path, images: Path) -> None:
         seen.append(watched.rows)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
     assert len(seen[0]) == 2 * 8
+
+
+def test_a_forecast_of_several_processes_ends_as_they_would(images: Path) -> None:
+    """One process takes fewer images at once by itself, one of several cannot."""
+    settings = tiny(backbone="module:Full", data=str(images), image_px=32)
+    recipe = load_recipe(overrides={key.replace("__", "."): value for key, value in settings.items()})
+    alone = check_recipe(recipe, Recorder(), 1, Full(limit=4))
+    assert alone.error is None
+    assert alone.document["plan"]["images_at_once"] == 2
+    shared = check_recipe(recipe, Recorder(), 2, Full(limit=4))
+    assert isinstance(shared.error, DeviceMemoryError)
+    assert "with 4 images at once in each of 2 processes; use --set micro_batch=2, a --batch-size" in str(shared.error)
 
 
 @TORCHS_OWN

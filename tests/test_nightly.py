@@ -127,6 +127,13 @@ def test_a_signal_reaches_adaptkit_and_starts_nothing_again(tmp_path: Path) -> N
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
 
 
+def test_a_slash_at_the_end_of_the_link_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "codes").write_text("0\n")
+    done = nightly(tmp_path, STAND_IN, "nano", "images", "labelled", "runs", "live//")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "live").readlink() == tmp_path / "runs" / "tonight" / "backbone"
+
+
 def test_what_is_in_service_must_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     done = nightly(tmp_path, STAND_IN, "nano", "images", "labelled", "runs", "folder")

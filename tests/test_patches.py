@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from adaptkit.backbones import Backbone, load_backbone
+from adaptkit.cli.failure import describe
 from adaptkit.dense.patches import fitting_size, patch_size, patch_tokens
 from adaptkit.errors import BackboneError
+from adaptkit.shortage import shortage
 
 
 def drawn(name: str, **options: object) -> Backbone:
@@ -94,6 +96,18 @@ def test_images_and_networks_that_do_not_fit_are_refused_in_one_line() -> None:
         patch_tokens(own, noise(32, 32))
     with pytest.raises(BackboneError, match=r"gives no tokens at 48 x 32 px \([^\n]*\)$"):
         patch_tokens(small("convit_tiny", img_size=32, depth=1, embed_dim=8), noise(32, 48))
+
+
+def test_a_machine_without_memory_is_not_taken_for_a_network_without_tokens() -> None:
+    def forward_features(pixels: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+
+    backbone = drawn("nano")
+    backbone.module.forward_features = forward_features  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="can't allocate memory") as raised:
+        patch_tokens(backbone, noise(64, 64))
+    failure = describe(raised.value)
+    assert (failure.exit_code, failure.message) == (8, str(shortage(raised.value)))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_no_folder_of_the_machine_is_made_public(finished: Path) -> None:
     assert shown["data"]["path"] == "images"
     assert shown["probes"] == report["probes"]
     assert "secret-folder" in json.dumps(report)  # untouched
+
+
+def test_a_comma_in_a_folder_gives_nothing_away() -> None:
+    paths = ["/home/me, you/secret/images", "file:///home/secret/more", "s3://bucket/third"]
+    shown = public({"data": {"path": ", ".join(paths)}, "recipe": {"data": {"path": paths}}})
+    assert shown["data"]["path"] == "images, more, s3://bucket/third"
+    assert shown["recipe"]["data"]["path"] == ["images", "more", "s3://bucket/third"]
 
 
 def test_what_is_pushed_loads_again(finished: Path, tmp_path: Path) -> None:
@@ -119,6 +127,15 @@ def test_mistakes(words: list[str], message: str, finished: Path) -> None:
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
     assert message in line
+
+
+def test_a_backbone_that_is_gone_is_a_mistake_not_a_bug(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "backbone")
+    done = CliRunner().invoke(main, ["export", str(run), "--push-to-hub", "org/name", "--quiet"], prog_name="adaptkit")
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert f"{run / 'backbone'}: is gone; " in line
 
 
 def test_a_hub_that_refuses_and_one_that_is_away(finished: Path, tmp_path: Path) -> None:

@@ -88,6 +88,18 @@ def test_a_run_may_be_stopped_again_and_again(undisturbed: Path, vit: Path, imag
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.long
+def test_a_signal_while_the_head_is_fitted_is_not_kept_waiting(vit: Path, images: Path, tmp_path: Path) -> None:
+    settings = {"select__alphas": [], "probe__every": "never", "steps": 4}
+    reporter = SignalAt(phase="exporting")
+    with pytest.raises(Interrupted, match="stopped while the head was fitted; go on with: adaptkit resume"):
+        adapt(vit, images, tmp_path / "run", reporter=reporter, **settings)
+    assert read(tmp_path / "run", "status.json")["exit_code"] == 75
+    assert not (tmp_path / "run" / "backbone").exists()
+    resume(tmp_path / "run")
+    assert read(tmp_path / "run", "status.json")["state"] == "done"
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing may be saved on the way out."""
 

@@ -155,6 +155,7 @@ ADAPT = ("adapt", "--backbone", "nano", "--data", "images")
         ((*ADAPT, "--labels", "l", "--require-gain", "knn_top>=1"), "'knn_top1'"),
         (("export", "run", "--format", "onx", "--output", "x"), "'onnx'"),
         (("embed", "--backbone", "nano", "--data", ".", "--output", "x.parqet"), "'.parquet'"),
+        (("codes", "run", "--precision", "fp61"), "'fp16'"),
     ],
 )
 def test_a_slip_of_the_finger_is_answered_with_what_was_meant(
@@ -164,6 +165,23 @@ def test_a_slip_of_the_finger_is_answered_with_what_was_meant(
     assert result.exit_code == 2, result.output
     line = result.stderr.splitlines()[-1]
     assert re.search(rf"[Dd]id you mean {re.escape(meant)}\?", line), line
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("probe", "--backbone", "nano", "--data", ""), "--data"),
+        (("probe", "--backbone", "nano", "--data", "d", "--queries="), "--queries"),
+        (("embed", "--backbone", "nano", "--data", "d", "--data=", "--output", "x.npy"), "--data"),
+        (("codes", "run", "--labels="), "--labels"),
+    ],
+)
+def test_an_empty_variable_of_a_script_is_not_the_folder_one_is_in(
+    invoke: Callable[..., Result], words: tuple[str, ...], option: str
+) -> None:
+    result = invoke(*words)
+    assert result.exit_code == 2, result.output
+    assert f"{option} is empty; give it a value, or leave it out" in result.stderr
 
 
 def test_a_misspelt_backbone(invoke: Callable[..., Result]) -> None:
@@ -286,8 +304,10 @@ def test_the_forecast_fits_and_says_everything(
         "8, 8 images of a batch each; timed without messages between them",
     ):
         assert part in words
-    print_forecast(forecast())
-    assert "processes" not in capsys.readouterr().out
+    print_forecast(forecast() | {"recipe": {"data": {"path": ["photos\u202egnp"]}}})
+    text = capsys.readouterr().out
+    assert "processes" not in text
+    assert "data:\n  path:\n  - photos\\u202egnp\n" in text  # turned letters would show another name
 
 
 @pytest.mark.parametrize("columns", [60, 80])
@@ -303,3 +323,28 @@ def test_a_narrow_terminal_hides_nothing(
     assert (longest in text) == (columns == 80)
     for word in " ".join(" ".join(row) for row in rows).split():
         assert word in text
+
+
+# --- a reader that has gone
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "code"),
+    [
+        (["recipes", "quick", "--verbose"], "stderr", 0),
+        (["recipes", "nope"], "stderr", 2),
+        (["recipes", "nope", "--json"], "stdout", 2),
+    ],
+)
+def test_that_nobody_reads_changes_no_exit_code(words: list[str], closed: str, code: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-m", "adaptkit", *words]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {closed: writing}
+    try:
+        done = subprocess.run(program, env=environment(), text=True, check=False, timeout=300, **streams)
+    finally:
+        os.close(writing)
+    assert done.returncode == code
+    assert "Traceback" not in (done.stderr or "")
+    assert (done.stdout or "").startswith("#" if code == 0 else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from adaptkit.cli.command_recipes import recipes_command
 from adaptkit.cli.command_report import report_command
 from adaptkit.cli.command_resume import resume_command
 from adaptkit.cli.completion import with_completions
-from adaptkit.cli.failure import describe, heed_signals, ignore_signals, report_failure
+from adaptkit.cli.failure import describe, heed_signals, ignore_signals, report_failure, say_traceback
 from adaptkit.cli.launch import is_launched
 from adaptkit.cli.verbose import is_verbose, with_verbose
 from adaptkit.errors import AdaptkitError, did_you_mean
@@ -66,7 +65,7 @@ class App(click.Group):
             code = error.exit_code
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, AdaptkitError) and is_verbose(words):
-                traceback.print_exception(error, file=sys.stderr)
+                say_traceback(error)
             code = report_failure(error, describe(error), as_json="--json" in words)
         if standalone_mode:
             ignore_signals()

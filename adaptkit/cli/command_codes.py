@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import METAVARS, PRECISIONS, as_json, field_of, quiet, setting
+from adaptkit.cli.options import METAVARS, PRECISIONS, Words, as_json, field_of, quiet, refuse_empty, setting
 
 
 @click.command("codes", short_help="Say what the binary codes of a run mean.")
@@ -19,7 +19,7 @@ from adaptkit.cli.options import METAVARS, PRECISIONS, as_json, field_of, quiet,
 )
 @click.option("--attributes", metavar="CSV", help="Table with a column path and one or more of attributes.")
 @setting("seed", type=click.IntRange(min=0), default=0)
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of embeddings.")
+@click.option("--precision", type=Words(PRECISIONS), default="fp32", show_default=True, help="Of embeddings.")
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
@@ -44,6 +44,7 @@ def codes_command(
     Writes codes.json and a section of report.html in which one can look at every bit. At most 5,000 images, drawn by
     the seed, are embedded; labels and attributes only measure.
     """
+    refuse_empty()
     from adaptkit.cli.codes_page import print_codes
     from adaptkit.cli.command_report import read_report
     from adaptkit.cli.console import RichReporter

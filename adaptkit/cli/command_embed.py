@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import METAVARS, as_json, embedding_options, quiet
+from adaptkit.cli.options import METAVARS, as_json, embedding_options, quiet, refuse_empty
 
 
 @click.command("embed", short_help="Write embeddings and binary codes to a file.")
@@ -26,6 +26,7 @@ def embed_command(
     Parquet has the columns path, label (images in class folders), vector and, with --codes, code. A command that was
     stopped goes on where it was when it is given again. Images that cannot be read are left out and counted.
     """
+    refuse_empty()
     from adaptkit.cli.console import RichReporter
     from adaptkit.cli.summary import print_document, print_embedded
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import as_json, embedding_options, quiet
+from adaptkit.cli.options import as_json, embedding_options, quiet, refuse_empty
 from adaptkit.errors import UsageError
 
 MOST_BACKBONES = 2
@@ -57,6 +57,7 @@ def probe_command(
     --data, train is the gallery and test is scored; otherwise a stratified half is, chosen by the seed. The probes
     segmentation, objects and video read --data in layouts of their own, each in a command of its own.
     """
+    refuse_empty()
     if len(backbones) > MOST_BACKBONES:
         raise UsageError(f"--backbone is given {len(backbones)} times; give one, or two to compare")
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]

@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from adaptkit.cli.failure import one_line
+from adaptkit.cli.failure import drop_output, one_line
 from adaptkit.cli.verbose import LOG
 from adaptkit.report.numbers import change_text, value_text
 
@@ -29,11 +29,6 @@ NAMES_SHOWN = 5
 def is_main_process() -> bool:
     """In a launch of several processes only the first prints."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def drop_output(stream: IO[str]) -> None:
-    """Whoever read this stream has gone: what is still buffered goes nowhere, instead of failing at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class StreamConsole(Console):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -80,12 +80,30 @@ def report_failure(error: BaseException, failure: Failure, as_json: bool) -> int
         time.sleep(HEAD_START_SECONDS)
         return failure.exit_code  # the main process says the same
     if failure.exit_code == 1 and not isinstance(error, FailedElsewhere):
-        traceback.print_exception(error, file=sys.stderr)
+        say_traceback(error)
     prefix = f"[process {rank}] " if rank else ""
-    print(f"{prefix}error: {failure.message}", file=sys.stderr)
+    say(f"{prefix}error: {failure.message}", sys.stderr)
     if as_json and rank == 0:
-        print(json.dumps({"error": {"exit_code": failure.exit_code, "message": failure.message}}))
+        say(json.dumps({"error": {"exit_code": failure.exit_code, "message": failure.message}}), sys.stdout)
     return failure.exit_code
+
+
+def say(text: str, stream: IO[str]) -> None:
+    """Lines on stdout or stderr. That nobody reads them any more ends nothing and changes no exit code."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        drop_output(stream)
+
+
+def say_traceback(error: BaseException) -> None:
+    """Where an error came from, on stderr."""
+    say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+
+
+def drop_output(stream: IO[str]) -> None:
+    """Whoever read this stream has gone: what is still buffered goes nowhere, instead of failing at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def heed_signals() -> None:

@@ -135,6 +135,15 @@ def overrides(flags: dict[str, Any]) -> dict[str, Any]:
     return {FLAGS.get(name, name): value for name, value in flags.items() if value not in (None, ())}
 
 
+def refuse_empty() -> None:
+    """The same for the options of the running command that are no settings of the recipe. Raises UsageError."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            raise UsageError(f"{parameter.opts[0]} is empty; give it a value, or leave it out")
+
+
 def _plain_type(annotation: Any) -> Any:
     """`int | None` -> int."""
     if get_origin(annotation) in (Union, types.UnionType):

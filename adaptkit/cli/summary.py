@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from rich.text import Text
 
-from adaptkit.cli.console import StreamConsole, drop_output, is_main_process, pace, size, spell
-from adaptkit.cli.failure import one_line
+from adaptkit.cli.console import StreamConsole, is_main_process, pace, size, spell
+from adaptkit.cli.failure import one_line, say
 from adaptkit.cli.listing import line as _line
 from adaptkit.cli.listing import table as _table
 from adaptkit.report.markdown import INTERVALS, LABEL_FREE, is_original, loads_in_timm, metric_order, snippet
@@ -25,10 +25,7 @@ def print_document(document: Mapping[str, Any]) -> None:
     """The one JSON document on stdout. ASCII only, so that no file name and no locale can break it."""
     if not is_main_process():
         return
-    try:
-        print(json.dumps(document, indent=2, allow_nan=False), flush=True)
-    except BrokenPipeError:
-        drop_output(sys.stdout)
+    say(json.dumps(document, indent=2, allow_nan=False), sys.stdout)
 
 
 def print_run(report: Mapping[str, Any], run: Path) -> None:
@@ -142,7 +139,8 @@ def print_forecast(document: Mapping[str, Any]) -> None:
     """What `adapt --dry-run` found: the recipe as YAML, and the plan."""
     console, plan, data = StreamConsole(sys.stdout), document["plan"], document["data"]
     for line in yaml.safe_dump(document["recipe"], sort_keys=False, allow_unicode=True).splitlines():
-        console.print(Text(one_line(line) if line.strip() == line else line), soft_wrap=True)
+        indent = " " * (len(line) - len(line.lstrip()))
+        console.print(Text(indent + one_line(line)), soft_wrap=True)
     _line(console, "")
     _line(console, "Dry run: nothing was written.", "bold")
     labels = data["labels"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 
 import adaptkit
-from adaptkit.cli.failure import one_line
+from adaptkit.cli.failure import one_line, say
 
 LOG = logging.getLogger("adaptkit")
 FLAGS = ("-v", "--verbose")
@@ -55,4 +55,4 @@ class Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Text from users and files is made safe, as everywhere."""
-        print(one_line(self.format(record)), file=sys.stderr)
+        say(one_line(self.format(record)), sys.stderr)

@@ -81,7 +81,8 @@ def _files(folder: Path, suffix: str) -> list[Path]:
         names = os.listdir(folder) if os.path.isdir(folder) else []
     except OSError as error:
         raise MachineError(f"{shown(folder)}: cannot be listed ({error.strerror}); check its permissions") from None
-    return [folder / name for name in sorted(names) if name.lower().endswith(suffix) and not name.startswith(".")]
+    files = [folder / name for name in sorted(names) if name.lower().endswith(suffix) and not name.startswith(".")]
+    return [file for file in files if os.path.isfile(file)]  # a pipe would be waited for
 
 
 def _read_csv(data: Path) -> Listed:
@@ -118,11 +119,11 @@ def _parse_xml(file: Path) -> ElementTree.Element:
         if file.stat().st_size > MAX_XML_BYTES:
             raise DataError(f"{shown(file)}: is larger than {MAX_XML_BYTES} bytes; no image has so many boxes")
         text = file.read_text(encoding="utf-8-sig")
-        if "<!DOCTYPE" in text or "\0" in text:
+        if "<!DOCTYPE" in text:
             raise DataError(f"{shown(file)}: defines a document type; remove it, VOC's annotations have none")
         return ElementTree.fromstring(text)
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise DataError(f"{shown(file)}: cannot be read as VOC XML ({line(error)})") from None
+        raise DataError(f"{shown(file)}: cannot be read as VOC XML ({line(error)}); save it anew, as UTF-8") from None
 
 
 def _read_coco(data: Path) -> Listed:
@@ -136,7 +137,7 @@ def _read_coco(data: Path) -> Listed:
         if not isinstance(path, str) or type(key) is not int:
             raise DataError(f"{where}: needs a file_name and a whole number as id")
         if path in listed or key in names:
-            raise DataError(f"{where}: {shown(path)[:200]!r} or id {key} is listed twice; keep one")
+            raise DataError(f"{where}: {shown(path)[:200]!r} or id {str(key)[:40]} is listed twice; keep one")
         names[key] = path
         listed[path] = _image(path, folders, where), []
     for number, entry in enumerate(_entries(document, "annotations", file)):
@@ -170,7 +171,7 @@ def _parse_json(file: Path) -> dict[str, Any]:
             raise DataError(f"{shown(file)}: is larger than {MAX_JSON_BYTES} bytes; split it")
         document = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{shown(file)}: cannot be read as COCO JSON ({line(error)})") from None
+        raise DataError(f"{shown(file)}: cannot be read as COCO JSON ({line(error)}); save it anew") from None
     if not isinstance(document, dict):
         raise DataError(f"{shown(file)}: must hold an object with images and annotations")
     return document

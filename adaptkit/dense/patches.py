@@ -9,6 +9,7 @@ from adaptkit.backbones import Backbone
 from adaptkit.backbones.reading import line
 from adaptkit.embedding import AUTOCAST
 from adaptkit.errors import BackboneError
+from adaptkit.shortage import shortage
 
 MAX_ASPECT = 4
 """Long side / short side that a resized image keeps: what is longer is squashed, or a strip would take gigabytes."""
@@ -41,9 +42,9 @@ def patch_tokens(backbone: Backbone, pixels: Tensor, precision: str = "fp32") ->
     try:
         with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype is not None):
             features = backbone.module.forward_features(pixels)  # type: ignore[operator]  # `patch_size` found it
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # some were built for one size only, and say so in every way
+        if shortage(error):  # of a GPU, or of the machine
+            raise
         raise BackboneError(f"{backbone.name}: gives no tokens at {width} x {height} px ({line(error)})") from None
     return _as_grid(backbone, features, height // rows, width // columns).float()
 

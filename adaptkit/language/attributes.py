@@ -15,7 +15,7 @@ from adaptkit.errors import DataError
 from adaptkit.language.images import Collection
 from adaptkit.probes.codes import Codes
 from adaptkit.probes.gain import LEVEL, NUM_SHUFFLES, family_gains, usable
-from adaptkit.sources.lists import read_table
+from adaptkit.sources.lists import read_table, refuse_pipe
 from adaptkit.sources.source import shown
 
 MAX_VALUES = 200  # of a column of words; more are names of single images
@@ -81,8 +81,7 @@ def read_attributes(file: str | Path, images: Collection) -> Properties:
 
 def attribute_names(file: Path) -> list[str]:
     """The header without `path`; `read_table` then says what is wrong with the rest."""
-    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would wait for ever
-        raise DataError(f"{shown(file)}: is not a file; give --attributes a .csv")
+    refuse_pipe(file)
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
             header = [word.strip() for word in next(csv.reader([lines.readline(MAX_HEADER)]), [])]

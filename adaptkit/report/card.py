@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+SEVERAL = re.compile(r", (?=/|[A-Za-z]:[/\\]|\w+://)")  # a comma inside a name must not cut it: its rest would stay
 WITH_TIMM = """\
 import timm
 import torch
@@ -85,4 +87,5 @@ def _last(path: Any) -> Any:
     """`/home/me/images` -> images, also of several with commas between them; names and words stay."""
     if not isinstance(path, str):
         return path
-    return ", ".join(os.path.basename(part.rstrip("/")) if os.path.isabs(part) else part for part in path.split(", "))
+    parts = [part.removeprefix("file://") for part in SEVERAL.split(path)]
+    return ", ".join(os.path.basename(part.rstrip("/")) if os.path.isabs(part) else part for part in parts)

@@ -75,6 +75,12 @@ def locate(path: str, folder: Path, root: Path, where: str) -> tuple[bytes, int]
     return os.fsencode(name.replace(os.sep, "/")), status.st_size
 
 
+def refuse_pipe(file: Path) -> None:
+    """Raises `DataError` for a list that one would wait for, or that never ends."""
+    if os.path.exists(file) and not (file.is_file() or file.is_dir()):
+        raise DataError(f"{shown(file)}: is a pipe or a device; save the list as a file")
+
+
 def _positions(header: Sequence[str], columns: Sequence[str], file: Path) -> list[int]:
     words = [word.strip() for word in header]
     if all(column in words for column in columns):
@@ -91,6 +97,7 @@ def _positions(header: Sequence[str], columns: Sequence[str], file: Path) -> lis
 
 
 def _lines(file: Path) -> Iterator[str]:
+    refuse_pipe(file)
     try:
         # surrogateescape: file names need not be UTF-8; utf-8-sig: spreadsheets write a byte order mark
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:

@@ -236,7 +236,7 @@ def test_a_table_too_wide_to_test_is_refused_at_once(images: Path, tmp_path: Pat
 def test_a_table_that_is_no_file_is_refused(images: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(DataError, match="is a pipe or a device|cannot be read as a table"):
+        with pytest.raises(DataError, match=r"is a pipe or a device|cannot be read as a table"):
             read_attributes(place, collection(images, torch.randn(120, 4)))
 
 

@@ -1,6 +1,6 @@
 """Object discovery on drawn scenes: a backbone, the same one with random weights, patch colours, and fixed boxes.
 
-python benchmarks/objects/run.py --images 200 --seed 0
+python benchmarks/objects/measure.py --images 200 --seed 0
 """
 
 from __future__ import annotations

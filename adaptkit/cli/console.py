@@ -32,23 +32,11 @@ def is_main_process() -> bool:
 
 
 class StreamConsole(Console):
-    """A console on one stream: a reader that went away ends no training.
-
-    No ANSI codes off a terminal, unless FORCE_COLOR asks for colours there; NO_COLOR and TERM=dumb win over it.
-    """
+    """A console on one stream: no ANSI codes off a terminal, and a reader that went away ends no training."""
 
     def __init__(self, stream: TextIO, quiet: bool = False) -> None:
         silent = quiet or not is_main_process()
-        wanted = bool(os.environ.get("FORCE_COLOR")) and not os.environ.get("NO_COLOR")
-        forced = wanted and not stream.isatty() and os.environ.get("TERM") != "dumb"
-        super().__init__(
-            file=stream,
-            force_terminal=stream.isatty(),
-            force_jupyter=False,
-            color_system="standard" if forced else "auto",
-            quiet=silent,
-            emoji=False,
-        )
+        super().__init__(file=stream, force_terminal=stream.isatty(), force_jupyter=False, quiet=silent, emoji=False)
 
     def on_broken_pipe(self) -> None:
         """Print nothing from here on."""

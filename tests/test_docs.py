@@ -52,7 +52,6 @@ def refuse(*arguments, **options):
     raise OSError("the documentation must be built without a network")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
-LONG = "choosing-a-recipe.md"  # whose commands are run by the gate too
 
 
 def generator() -> Any:
@@ -298,9 +297,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 RUN = sorted({each.document for each in OURS if each.reason is None})
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == LONG else pytest.mark.slow) for name in RUN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
 def test_shown_commands_run(
     name: str, material: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

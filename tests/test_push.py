@@ -70,6 +70,7 @@ def test_a_comma_in_a_folder_gives_nothing_away() -> None:
     assert shown["recipe"]["data"]["path"] == ["images", "more", "s3://bucket/third"]
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads_again(finished: Path, tmp_path: Path) -> None:
     offline = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1"}
     with fake_hub() as hub:

@@ -162,6 +162,25 @@ def test_a_process_that_fails_alone_says_so(run: Run, monkeypatch: pytest.Monkey
     assert read(run.path, "status.json")["state"] == "running"
 
 
+STOPPED_WHILE_IT_WAITS = """
+import os, signal, sys
+from adaptkit.cli import failure
+from adaptkit.errors import DataError
+
+failure.heed_signals()
+failure.time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+error = DataError("no images")
+sys.exit(failure.report_failure(error, failure.describe(error), as_json=False))
+"""
+
+
+def test_a_launcher_that_stops_all_makes_no_traceback_of_the_others() -> None:
+    """`torchrun` does so as soon as the main process has ended with its error."""
+    words = [sys.executable, "-c", STOPPED_WHILE_IT_WAITS]
+    done = subprocess.run(words, env=environment(RANK="1"), capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
 @pytest.mark.parametrize(
     ("state", "code", "exit_codes", "stopped", "expected", "recorded"),
     [

@@ -77,6 +77,7 @@ def report_failure(error: BaseException, failure: Failure, as_json: bool) -> int
     """Print the line (a traceback only for a bug; with `as_json` also the document) and return the exit code."""
     rank = _rank()
     if rank > 0 and not is_local(error, failure.exit_code):
+        ignore_signals()  # else the launcher, which stops all after the first, makes a traceback of the wait
         time.sleep(HEAD_START_SECONDS)
         return failure.exit_code  # the main process says the same
     if failure.exit_code == 1 and not isinstance(error, FailedElsewhere):

@@ -404,7 +404,7 @@ def test_other_launchers_hide_no_message(launcher: list[str], vit: Path, tmp_pat
     start_of = [sys.executable, "-m", *launcher, *address, "-m", "adaptkit"]
     misspelt = [*start_of, "adapt", "--bakbone", "nano"]
     done = subprocess.run(misspelt, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S)
-    assert "error: No such option '--bakbone'" in done.stderr
+    assert "error: no such option --bakbone; did you mean '--backbone'?" in done.stderr
     words = list(map(str, words_of(vit, tmp_path / "nowhere", tmp_path / "run", {})))
     done = subprocess.run([*start_of, *words], env=environment(), capture_output=True, text=True, timeout=DEADLINE_S)
     assert read(tmp_path / "run", "status.json")["exit_code"] == 3

@@ -39,6 +39,7 @@ COMMANDS = ("adaptkit", "python", "pip", "pytest", "torchrun", "accelerate")
 FOLDERS = {  # what stands in the documents: what it becomes here
     "D": "target",
     "eurosat/train": "target",
+    "eurosat/test": "labelled/test",
     "eurosat": "labelled",
 }
 CHEAP = {  # flag or key: value

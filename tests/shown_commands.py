@@ -146,6 +146,8 @@ def runnable(arguments: tuple[str, ...]) -> list[str]:
         value = arguments[at + 1]
         if flag in ("--data", "--labels", "--queries"):
             words[at + 1] = FOLDERS.get(value, value)
+        if flag == "--steps":
+            words[at + 1] = CHEAP["--steps"]
         if flag == "--batch-size" and words[0] == "adapt":
             words[at + 1] = str(min(int(value), 32))
         if flag == "--backbone" and not value.startswith("runs/"):

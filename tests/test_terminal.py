@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from tiny_runs import environment
 
 from adaptkit.aliases import ALIASES
-from adaptkit.cli import completion, main
+from adaptkit.cli import command_probe, main
 from adaptkit.cli.console import RichReporter, StreamConsole, pace, size, spell
 from adaptkit.cli.listing import table
 from adaptkit.cli.summary import print_forecast
@@ -79,7 +79,7 @@ def test_the_shell_completes_names(words: str, expected: list[str], monkeypatch:
 
 
 def test_everything_that_has_a_name_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (*PROBES, *SOURCE_PROBES, *OWN_DATA) == completion.PROBES
+    assert (*PROBES, *SOURCE_PROBES, *OWN_DATA) == command_probe.NAMES
     assert {line.removeprefix("plain,") for line in completed(monkeypatch, "adapt --track ")} == set(TRACKERS)
     plain = [line.removeprefix("plain,") for line in completed(monkeypatch, "adapt --backbone ")]
     assert plain == ["nano", *ALIASES]

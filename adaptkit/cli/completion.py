@@ -12,14 +12,10 @@ from click.shell_completion import CompletionItem
 from pydantic.fields import FieldInfo
 
 from adaptkit.aliases import ALIASES, NANO
-from adaptkit.recipe import recipe_fields, recipe_names
+from adaptkit.cli.command_probe import NAMES
+from adaptkit.recipe import Recipe, recipe_fields, recipe_names
 from adaptkit.requirement import LABEL_METRICS, TARGET_METRICS
 
-PROBES = (  # those that `evaluate` knows, which imports torch
-    *("knn", "linear", "retrieval", "rank", "few-shot", "clustering", "alpha-req", "lidar", "drift"),
-    *("segmentation", "objects", "video"),
-)
-TRACKERS = ("tensorboard", "wandb", "mlflow")
 Items = list[CompletionItem]
 
 
@@ -54,11 +50,12 @@ def _probes(incomplete: str) -> Items:
     """Of `knn,li` only what follows the last comma is completed."""
     before, comma, last = incomplete.rpartition(",")
     given = before.split(",")
-    return _one_of([before + comma + name for name in PROBES if name not in given], before + comma + last)
+    return _one_of([before + comma + name for name in NAMES if name not in given], before + comma + last)
 
 
 def _trackers(incomplete: str) -> Items:
-    return _one_of(list(TRACKERS), incomplete)
+    (tracker, *_) = get_args(Recipe.model_fields["track"].annotation)
+    return _one_of([*get_args(tracker)], incomplete)
 
 
 def _metrics(incomplete: str) -> Items:
